@@ -1,0 +1,1 @@
+"""Long-running measurements and trainings: `python -m benchmarks.NAME [--quick] [--save]`."""

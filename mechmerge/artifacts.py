@@ -1,0 +1,294 @@
+"""Files that are complete or absent: atomic writing, digests, schema-checked documents, safetensors with one JSON document.
+
+*Same inputs, same bytes*: JSON is written with sorted keys, YAML in field order, safetensors with a single metadata entry
+(several would be written in random order).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mechmerge.errors import InputError, SchemaError
+
+METADATA_KEY = "mechmerge"
+
+
+class Document(BaseModel):
+    """Base of every record that is read from or written to a file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+D = TypeVar("D", bound=Document)
+
+
+# ---------------------------------------------------------------------------------------------------------- atomic writing
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes that are gone left behind while writing `path`."""
+    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+        pid = leftover.name.rsplit("-", 1)[1]
+        if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
+            continue
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; it becomes `path` when the block ends well, and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    partial = _partial(path)
+    try:
+        yield partial
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a new temporary folder beside `path`; it becomes `path` (which must not exist) when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` atomically (UTF-8)."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Holds an exclusive lock file, or raises `InputError` naming the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise InputError(
+                what, expected="no other process at work on it", found=f"process {holder}", fix="wait for it or stop it"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------- digests
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the form that is digested."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """The sha256, in hex, of a JSON-able value in canonical form."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- documents
+def _problem(error: ValidationError) -> tuple[str, str]:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif first["type"] not in ("missing", "value_error"):
+        message = f"{message} (found {str(first['input'])[:80]!r})"
+    return place, message
+
+
+class _OnlyOnce(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases (a YAML bomb) and without duplicate keys (one of them would be lost)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} stands twice")
+            seen.add(key)
+        result: dict[Any, Any] = super().construct_mapping(node, deep)
+        return result
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parses YAML (JSON is a subset) with aliases and duplicate keys refused."""
+    try:
+        return yaml.load(text, _OnlyOnce)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SchemaError(where, expected="valid YAML", found=str(error)) from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parses JSON, with one-line errors."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(where, expected="valid JSON", found=str(error)) from None
+
+
+def parse_document(kind: type[D], value: Any, where: str) -> D:
+    """Validates a parsed value as a document of type `kind`."""
+    if not isinstance(value, Mapping):
+        raise SchemaError(where, expected=f"a mapping ({kind.__name__})", found=type(value).__name__)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        place, message = _problem(error)
+        raise SchemaError(f"{where}: {place}: {message}", fix=f"known keys: {', '.join(kind.model_fields)}") from None
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file, with one-line errors."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputError(str(path), expected="a file", found="nothing there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), expected="a readable UTF-8 text file", found=str(error)) from None
+
+
+def read_document(kind: type[D], path: Path) -> D:
+    """Reads a YAML or JSON file as a document of type `kind`."""
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    return parse_document(kind, parse(read_text(path), str(path)), str(path))
+
+
+def to_yaml(document: Document) -> str:
+    """A document as YAML in field order."""
+    text: str = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def write_yaml(path: Path, document: Document) -> None:
+    """Writes a document as YAML, in field order, atomically."""
+    write_text(path, to_yaml(document))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON-able value or a document, indented, keys sorted, atomically."""
+    if isinstance(value, Document):
+        value = value.model_dump(mode="json")
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------- tensors
+def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Document) -> None:
+    """Writes numpy arrays and one JSON document as a safetensors file, atomically."""
+    from safetensors.numpy import save_file
+
+    with atomic_file(path) as partial:
+        save_file(dict(arrays), partial, {METADATA_KEY: canonical(metadata.model_dump(mode="json"))})
+
+
+def read_arrays(path: Path, kind: type[D]) -> tuple[dict[str, Any], D]:
+    """Reads a safetensors file of ours: its numpy arrays and its metadata as a document of type `kind`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            text = (handle.metadata() or {}).get(METADATA_KEY)
+            if text is None:
+                raise SchemaError(str(path), expected=f"a {kind.__name__} written by mechmerge", found="no such metadata")
+            return {name: handle.get_tensor(name) for name in handle.keys()}, parse_document(  # noqa: SIM118
+                kind, parse_json(text, str(path)), str(path)
+            )
+    except FileNotFoundError:
+        raise InputError(str(path), expected="a file", found="nothing there") from None
+    except (SafetensorError, OSError) as error:
+        raise SchemaError(str(path), expected="a safetensors file", found=str(error)) from None
+
+
+# ------------------------------------------------------------------------------------------------------------------- units
+class Units:
+    """The finished units of a stage, as files in one folder: what makes a stage resumable.
+
+    The folder is named by the digest of the stage's inputs, so units of other inputs are never picked up.
+    """
+
+    def __init__(self, folder: Path, inputs: Any) -> None:
+        self.folder = folder / digest(inputs)[:16]
+
+    def json(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The unit's JSON value: read when it is done, else computed and written."""
+        path = self.folder / f"{key}.json"
+        if not path.exists():
+            write_json(path, compute())
+        return json.loads(path.read_text("utf-8"))
+
+    def arrays(self, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The unit's numpy arrays: read when it is done, else computed and written."""
+        from safetensors.numpy import load_file, save_file
+
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            with atomic_file(path) as partial:
+                save_file(dict(compute()), partial)
+        return load_file(path)
+
+    def discard(self) -> None:
+        """Removes the units, once the stage's result is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

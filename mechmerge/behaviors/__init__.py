@@ -1,0 +1,1 @@
+"""Behaviours: their files, the prompts of the built-in ones, generation and verifiers."""

@@ -1,0 +1,102 @@
+"""The prompts of the built-in behaviours and suites, by split.
+
+Splits share neither a topic, nor a plain request, nor an unordered pair of operands; the IFEval wording of an
+instruction is the same everywhere, and wordings that no training saw are a tier of their own ("unseen").
+Instructions are worded as in IFEval (https://arxiv.org/abs/2311.07911, table 4).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+Split = Literal["train", "calibrate", "develop", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibrate", "develop", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt with what is needed to judge its answer."""
+
+    text: str
+    """What the user says."""
+    plain: str
+    """The same request without the instruction (the x⁻ of a contrast)."""
+    behavior: str
+    """The behaviour that the instruction asks for."""
+    tier: Literal["seen", "unseen"]
+    """Whether the wording of the instruction is the one that the demo's experts were trained on."""
+    topic: str
+    """What the prompt is about; prompts of one topic are one cluster in statistics."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the verifier that belong to this prompt alone (the answer of a sum)."""
+
+
+@functools.cache
+def material() -> dict[str, Any]:
+    """The parsed `data/prompts.yaml`."""
+    text = importlib.resources.files("mechmerge.behaviors").joinpath("data/prompts.yaml").read_text("utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+def requests(split: Split) -> list[tuple[str, str]]:
+    """Plain requests of a split as (topic, request), one for each topic; requests take turns."""
+    templates = material()["requests"][split]
+    return [(topic, templates[i % len(templates)].format(topic)) for i, topic in enumerate(material()["topics"][split])]
+
+
+def format_prompts(name: str, split: Split, tier: Literal["seen", "unseen"] = "seen") -> list[Prompt]:
+    """The prompts of one format (`capitals`, `no_comma`, ...), one a topic of the split."""
+    spec = material()["formats"][name]
+    wordings = [spec["wording"]] if tier == "seen" else spec["unseen"]
+    return [
+        Prompt(f"{plain} {wordings[i % len(wordings)]}", plain, name, tier, topic)
+        for i, (topic, plain) in enumerate(requests(split))
+    ]
+
+
+def operands_split(a: int, b: int) -> Split:
+    """The split that the unordered pair {a, b} belongs to, by hash: 60 % train, 20 % calibrate, 10 % develop, 10 % test."""
+    low, high = sorted((a, b))
+    bucket = hashlib.sha256(f"{low},{high}".encode()).digest()[0] % 10
+    return "train" if bucket < 6 else "calibrate" if bucket < 8 else "develop" if bucket == 8 else "test"
+
+
+def operand_pairs(split: Split) -> Iterator[tuple[int, int]]:
+    """All unordered pairs of two-digit operands of a split as (low, high), in an order fixed by hash."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100) if operands_split(a, b) == split]
+    return iter(sorted(pairs, key=lambda p: hashlib.sha256(f"order {p[0]},{p[1]}".encode()).digest()))
+
+
+def arithmetic_prompts(split: Split, n: int, tier: Literal["seen", "unseen"] = "seen") -> list[Prompt]:
+    """`n` two-digit additions and subtractions (taking turns; the larger operand first in a subtraction)."""
+    spec = material()["arithmetic"]
+    wordings = [spec["wording"]] if tier == "seen" else spec["unseen"]
+    plain = requests("calibrate" if split == "calibrate" else split)
+    pairs = list(operand_pairs(split))
+    if tier == "unseen":
+        pairs.reverse()
+    prompts = []
+    for i, (low, high) in enumerate(pairs[:n]):
+        first, sign, second, answer = (
+            (low, "+", high, low + high) if i % 2 == 0 else (high, "-", low, high - low)
+        )
+        topic = plain[i % len(plain)][0]
+        prompts.append(
+            Prompt(
+                text=wordings[(i // 2) % len(wordings)].format(first, sign, second),
+                plain=spec["plain"][0].format(topic),
+                behavior="arithmetic",
+                tier=tier,
+                topic=f"{low},{high}",
+                arguments={"answer": answer},
+            )
+        )
+    return prompts

@@ -1,0 +1,114 @@
+"""Behaviour files: contrastive prompts, and how an answer is judged.
+
+    name: capitals
+    description: Answers entirely in capital letters.
+    chat_template: model            # the tokenizer's own; or none; or a Jinja template
+    verifier: {name: "change_case:english_capital", min_words: 5}
+    pairs:                          # prompts that ask for the behaviour, and the same without
+      - {with: "Describe tea. Use capital letters.", without: "Describe tea."}
+
+Instead of `pairs`, `builtin: capitals` takes the package's own prompts of the calibrate split.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from mechmerge.artifacts import Document, digest, parse_document, parse_yaml, read_document
+from mechmerge.behaviors.prompts import arithmetic_prompts, format_prompts, material
+from mechmerge.errors import InputError, LocalizeError
+
+CALIBRATION_SUMS = 48
+"""Sums in the built-in arithmetic behaviour."""
+
+
+class Verifier(Document):
+    """How an answer is judged: the name of a checker and its arguments (behaviors/verifiers.py lists them)."""
+
+    name: str
+    """An IFEval instruction id, `number` (the last number of the answer is `answer`), or `contains`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    min_words: int = Field(default=0, ge=0)
+    """Shorter answers fail, whatever they look like (0: no floor)."""
+
+
+class Pair(Document):
+    """One contrast: a prompt that asks for the behaviour (x⁺) and the same without (x⁻)."""
+
+    with_: str = Field(alias="with", min_length=1)
+    without: str = Field(min_length=1)
+    topic: str | None = None
+    """Pairs of one topic are one cluster in statistics; each its own by default."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the verifier for this pair alone."""
+
+
+class Behavior(Document):
+    """A behaviour: contrastive prompts and a verifier."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    chat_template: str = "model"
+    """`model`: the base's own; `none`: the prompt as it is; anything else: a Jinja template."""
+    verifier: Verifier | None = None
+    pairs: tuple[Pair, ...] = ()
+    builtin: str | None = None
+    """Name of the package's prompts to use instead of `pairs`."""
+    answer_tokens: int = Field(default=56, ge=1)
+    """Longest answer that is generated, in tokens."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Behavior:
+        if bool(self.pairs) == (self.builtin is not None):
+            raise ValueError("exactly one of pairs and builtin must be given")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the behaviour with its prompts written out."""
+        return digest(self.model_dump(mode="json", by_alias=True))
+
+
+def builtin_names() -> list[str]:
+    """Names of the behaviours inside the package: the six formats and arithmetic."""
+    return [*material()["formats"], "arithmetic"]
+
+
+def _builtin_pairs(name: str) -> tuple[Pair, ...]:
+    if name == "arithmetic":
+        prompts = arithmetic_prompts("calibrate", CALIBRATION_SUMS)
+    elif name in material()["formats"]:
+        prompts = format_prompts(name, "calibrate")
+    else:
+        raise InputError(f"behaviour {name!r}", expected=f"a file, or one of {', '.join(builtin_names())}", found="neither")
+    return tuple(Pair(**{"with": p.text}, without=p.plain, topic=p.topic, arguments=p.arguments) for p in prompts)
+
+
+def load_behavior(name: str | Path) -> Behavior:
+    """A behaviour by the name of a built-in one or the path of a YAML file, its prompts written out.
+
+    Raises:
+        InputError: neither a built-in name nor a file.
+        SchemaError: the file breaks the schema.
+        LocalizeError: a pair without contrast, or fewer than four pairs.
+    """
+    path = Path(name)
+    if str(name) in builtin_names():
+        resource = importlib.resources.files("mechmerge.behaviors").joinpath(f"data/{name}.yaml")
+        behavior = parse_document(Behavior, parse_yaml(resource.read_text("utf-8"), f"{name}.yaml"), f"{name}.yaml")
+    elif path.is_file():
+        behavior = read_document(Behavior, path)
+    else:
+        raise InputError(f"behaviour {name!s}", expected=f"a file, or one of {', '.join(builtin_names())}", found="neither")
+    if behavior.builtin is not None:
+        behavior = behavior.model_copy(update={"pairs": _builtin_pairs(behavior.builtin), "builtin": None})
+    for i, pair in enumerate(behavior.pairs):
+        if pair.with_ == pair.without:
+            raise LocalizeError(f"behaviour {behavior.name}, pair {i}", expected="a contrast", found="the same prompt twice")
+    if len(behavior.pairs) < 4:
+        raise LocalizeError(f"behaviour {behavior.name}", expected="at least 4 pairs", found=str(len(behavior.pairs)))
+    return behavior

@@ -1,0 +1,115 @@
+"""What commands share: options, the progress that is drawn on stderr, and parsing of NAME=VALUE."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from mechmerge.errors import InputError
+from mechmerge.progress import SILENT, Progress
+
+
+def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--threads N` (torch's default otherwise)."""
+    return click.option("--threads", type=click.IntRange(1), default=None, help="Threads for computing (default: all cores).")(function)
+
+
+def quiet_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--quiet`."""
+    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(function)
+
+
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device NAME`."""
+    return click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")(function)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limits torch's threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def named(values: Iterable[str], what: str) -> dict[str, str]:
+    """Parses NAME=VALUE options, in order.
+
+    Raises:
+        InputError: no `=`, an empty side, or a name twice.
+    """
+    result: dict[str, str] = {}
+    for text in values:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value):
+            raise InputError(what, expected="NAME=VALUE", found=repr(text))
+        if name in result:
+            raise InputError(what, expected="each name once", found=f"{name} twice")
+        result[name] = value
+    return result
+
+
+class LineProgress:
+    """Progress as plain lines, for a stderr that is not a terminal: one when a step starts, one when it ends."""
+
+    def __init__(self) -> None:
+        self._label, self._total, self._done, self._since, self._said = "", 0, 0, 0.0, 0.0
+
+    def start(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._since = self._said = time.monotonic()
+        print(f"  {label} …", file=sys.stderr, flush=True)
+
+    def advance(self, units: int = 1) -> None:
+        self._done += units
+        if time.monotonic() - self._said > 15:
+            self._said = time.monotonic()
+            print(f"  {self._label}: {self._done} of {self._total}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        print(f"  {self._label}: done in {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class BarProgress:
+    """Progress as a rich bar on a terminal's stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._console = Console(stderr=True)
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._make = lambda: RichProgress(*columns, console=self._console)
+        self._bars: RichProgress | None = None
+
+    def start(self, label: str, total: int) -> None:
+        self._bars = self._make()
+        self._bars.start()
+        self._task = self._bars.add_task(label, total=total)
+
+    def advance(self, units: int = 1) -> None:
+        if self._bars is not None:
+            self._bars.advance(self._task, units)
+
+    def end(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+
+def make_progress(quiet: bool) -> Progress:
+    """The progress that suits stderr."""
+    if quiet:
+        return SILENT
+    return BarProgress() if sys.stderr.isatty() else LineProgress()

@@ -1,0 +1,88 @@
+"""`mechmerge`: a table of commands, loaded when they are called, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from mechmerge import __version__
+from mechmerge.errors import MechmergeError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # command: (module under mechmerge.cli, one line of help); the module holds a click command named `command`
+    "demo": ("demo", "Run the whole demo on SmolLM2-135M."),
+    "run": ("run", "Run a pipeline file: every stage, resumable."),
+    "localize": ("localize", "Find which components of an expert carry a behaviour."),
+    "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
+    "recipe": ("recipe", "Compile score and effect files into a merge recipe."),
+    "merge": ("merge", "Carry out a recipe and write the merged model."),
+    "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
+    "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
+    "card": ("card", "Write the model card of a run."),
+    "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
+    "inspect": ("inspect", "Print what a score, effect or recipe file holds."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used: `--help` stays fast and free of torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mechmerge.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mechmerge")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments or bool(os.environ.get("MECHMERGE_DEBUG"))
+    try:
+        result: Any = cli.main(args=arguments, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("mechmerge: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MechmergeError as error:
+        if debug:
+            raise
+        print(f"mechmerge: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"mechmerge: a bug, or a machine in trouble: {text[:500]} (--debug shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The score file: what localization measured of one expert and one behaviour (safetensors with one JSON document).
+
+Tensors, float32, NaN where not measured:
+    <kind>.<measure>          [layers, units]   kind: layer, attention, mlp, head, kv, neuron
+    <kind>.<measure>.stderr   [layers, units]   standard error over prompts
+    <kind>.delta_norm         [layers, units]   Frobenius norm of expert − base
+    <kind>.parameters         [layers]          parameters of one unit (int64)
+measure: screen, sufficiency, necessity, activation. Scores are exactly 0 for components above the anchor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mechmerge.artifacts import Document, read_arrays, write_arrays
+from mechmerge.errors import SchemaError
+from mechmerge.models.components import SCORED_KINDS
+from mechmerge.models.references import ModelId
+
+Array = np.ndarray
+MEASURES = ("screen", "sufficiency", "necessity", "activation")
+
+
+class AnchorRecord(Document):
+    """An anchor's layer and validity figures (localize/anchor.py says how each is measured)."""
+
+    layer: int
+    """Residual stream after this many layers (1 … layers)."""
+    valid: bool
+    reasons: tuple[str, ...] = ()
+    """Why it is not valid; empty when it is."""
+    separation: float
+    """Area under the ROC curve of s(expert, x⁺) against s(expert, x⁻) on held-out prompts, 0 … 1."""
+    gap: float
+    """Mean of s(expert, x⁺) − s(base, x⁺) over held-out prompts, in units of the residual stream."""
+    gap_low: float
+    """Lower end of the gap's 95 % bootstrap interval over prompts."""
+    steering_base: float | None = None
+    """Pass rate of the base's answers to plain held-out prompts (x⁻), 0 … 1; None without a verifier."""
+    steering_steered: float | None = None
+    """The same with the anchor vector added to the base's residual stream."""
+    prompts: int
+    """Prompts that made the vector."""
+    held_out: int
+    """Prompts that validity and recovery are measured on (others than those)."""
+
+
+class ScoreMetadata(Document):
+    """The JSON document of a score file."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["scores"] = "scores"
+    base: ModelId
+    expert: ModelId
+    behavior: str
+    behavior_digest: str
+    chat_template: str
+    """sha256 of the chat template that formatted the prompts, or `none`."""
+    anchor: AnchorRecord
+    scale: Literal["recovery", "difference"]
+    """`recovery`: 0 is the base and 1 the expert. `difference`: raw change of the state, where the gap is not above 0."""
+    state_base: float
+    state_expert: float
+    identity_control: float
+    """Largest score of the base patched with itself; always 0."""
+    dtype: str
+    seed: int
+    verified: dict[str, int]
+    """Components of each kind that were really patched."""
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """A score file in memory."""
+
+    metadata: ScoreMetadata
+    arrays: dict[str, Array]
+
+    def score(self, kind: str) -> Array:
+        """[layers, units]: sufficiency where it was measured, the screen elsewhere, −inf where neither was (or not an anchor policy's)."""
+        screen = self.arrays.get(f"{kind}.screen")
+        verified = self.arrays.get(f"{kind}.sufficiency")
+        if screen is None and verified is None:
+            raise SchemaError(f"score file of {self.metadata.behavior}", expected=f"scores of kind {kind}", found="none")
+        first = verified if verified is not None else np.full_like(screen, np.nan)
+        second = screen if screen is not None else np.full_like(first, np.nan)
+        merged = np.where(np.isnan(first), second, first)
+        return np.where(np.isnan(merged), -np.inf, merged)
+
+    def write(self, path: Path) -> None:
+        """Writes the file atomically, after checking its tensors."""
+        _check(self.arrays, str(path))
+        write_arrays(path, self.arrays, self.metadata)
+
+
+def read_scores(path: Path) -> ScoreFile:
+    """Reads and checks a score file.
+
+    Raises:
+        InputError: no such file.
+        SchemaError: not a score file, another schema version, or tensors of the wrong name, shape or dtype.
+    """
+    arrays, metadata = read_arrays(path, ScoreMetadata)
+    _check(arrays, str(path))
+    return ScoreFile(metadata, arrays)
+
+
+def _check(arrays: dict[str, Array], where: str) -> None:
+    layers = {array.shape[0] for array in arrays.values() if array.ndim}
+    if len(layers) != 1:
+        raise SchemaError(where, expected="tensors with one number of layers", found=str(sorted(layers)))
+    for name, array in arrays.items():
+        kind, _, measure = name.partition(".")
+        base = measure.removesuffix(".stderr")
+        if kind not in SCORED_KINDS or base not in (*MEASURES, "delta_norm", "parameters"):
+            raise SchemaError(where, expected="tensors named <kind>.<measure>", found=name)
+        if base != "parameters" and (array.ndim != 2 or array.dtype != np.float32):
+            raise SchemaError(f"{where}: {name}", expected="float32 [layers, units]", found=f"{array.dtype} {list(array.shape)}")
+        if np.isinf(array).any():
+            raise SchemaError(f"{where}: {name}", expected="finite scores or NaN", found="an infinite one")

@@ -1,0 +1,1 @@
+"""Models: references, architecture families, components, checkpoints, pairs."""

@@ -1,0 +1,251 @@
+"""Lazy reading of a safetensors checkpoint folder, and everything that can be wrong with one.
+
+Format: https://huggingface.co/docs/safetensors (8-byte header length, JSON header, tensor bytes).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechmerge.artifacts import sha256_file
+from mechmerge.errors import CheckpointError
+from mechmerge.models.components import Layout
+from mechmerge.models.families import Architecture, architecture
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_LIMIT = 100_000_000
+"""Largest header that safetensors itself accepts, in bytes."""
+FLOATS = {"F64", "F32", "F16", "BF16"}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, checked against the file's size (no tensor is read).
+
+    Raises:
+        CheckpointError: a Git-LFS pointer, a truncated file, or no safetensors file at all.
+    """
+    where = str(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            start = handle.read(8)
+            if start.startswith(b"version "):
+                raise CheckpointError(
+                    where, expected="a safetensors file", found="a Git-LFS pointer", fix="run `git lfs pull` in that folder"
+                )
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
+                raise CheckpointError(where, expected="a safetensors file", found=f"{size} bytes without a valid header")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for entry in header.values():
+            entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+    except OSError as error:
+        raise CheckpointError(where, expected="a readable file", found=str(error)) from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise CheckpointError(where, expected="a safetensors file", found="a header that is not valid") from None
+    if size != end:
+        problem = "truncated" if size < end else "too long"
+        raise CheckpointError(where, expected=f"{end} bytes", found=f"{size} ({problem})", fix="download it again")
+    return dict(header)
+
+
+class Checkpoint:
+    """A model folder: config, tensor names, shapes and dtypes at once; tensors on demand.
+
+    Args:
+        folder: a folder with `config.json` and `model.safetensors`, or shards with their index.
+
+    Raises:
+        CheckpointError: anything is missing, broken, quantised or pickled.
+        PairError: the architecture is not in the table.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = self._read_json("config.json")
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"]
+            method = method.get("quant_method") if isinstance(method, dict) else method
+            raise CheckpointError(
+                str(folder), expected="full-precision weights", found=f"quantised ones ({method})", fix="name the unquantised model"
+            )
+        self.arch: Architecture = architecture(self.config, str(folder / "config.json"))
+        self.files: dict[str, str] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        for name in self._shards():
+            for tensor, entry in read_header(folder / name).items():
+                if tensor in self.files:
+                    raise CheckpointError(str(folder / name), expected="each tensor once", found=f"{tensor} again")
+                self.files[tensor], self.entries[tensor] = name, entry
+        self._check_index()
+        for tensor, entry in self.entries.items():
+            if entry["dtype"] not in FLOATS:
+                raise CheckpointError(
+                    f"{folder}: {tensor}", expected="floating-point weights", found=entry["dtype"], fix="name the unquantised model"
+                )
+        self._normalise_names()
+        self._drop_tied_head()
+
+    # ------------------------------------------------------------------------------------------------------------ opening
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not self.folder.is_dir():
+            raise CheckpointError(str(self.folder), expected="a model folder", found="nothing there")
+        try:
+            value = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(str(self.folder), expected=f"a model folder with {name}", found="none") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(str(path), expected="valid JSON", found=str(error)) from None
+        if not isinstance(value, dict):
+            raise CheckpointError(str(path), expected="a JSON object", found=type(value).__name__)
+        return value
+
+    def _shards(self) -> list[str]:
+        if (self.folder / SINGLE).exists():
+            return [SINGLE]
+        if (self.folder / INDEX).exists():
+            weight_map = self._read_json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(str(self.folder / INDEX), expected="a weight_map", found=repr(weight_map)[:60])
+            names = sorted({str(name) for name in weight_map.values()})
+            for name in names:
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise CheckpointError(str(self.folder / INDEX), expected="names of safetensors files beside it", found=repr(name))
+                if not (self.folder / name).exists():
+                    raise CheckpointError(str(self.folder), expected=f"the shard {name}", found="none", fix="download it again")
+            return names
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                str(self.folder),
+                expected=SINGLE,
+                found=f"the pickle {pickles[0]}",
+                fix="pickles can run code and are refused; convert the model to safetensors",
+            )
+        raise CheckpointError(str(self.folder), expected=f"{SINGLE} or {INDEX}", found="neither")
+
+    def _check_index(self) -> None:
+        if (self.folder / SINGLE).exists():
+            return
+        weight_map = self._read_json(INDEX)["weight_map"]
+        for tensor, name in weight_map.items():
+            if self.files.get(tensor) != name:
+                raise CheckpointError(str(self.folder / INDEX), expected=f"{tensor} in {name}", found=str(self.files.get(tensor)))
+        for tensor in self.files:
+            if tensor not in weight_map:
+                raise CheckpointError(str(self.folder / INDEX), expected=f"an entry for {tensor}", found="none")
+
+    def _normalise_names(self) -> None:
+        """Adds the base-model prefix where a checkpoint lacks it (GPT-2's own: `wte.weight`), and drops mask buffers."""
+        prefix = self.arch.family.layers.split(".")[0] + "."
+        self.stored: dict[str, str] = {}
+        known = (prefix, self.arch.family.head + ".")
+        for name in list(self.entries):
+            if name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")):
+                del self.entries[name]
+                continue
+            full = name if name.startswith(known) else prefix + name
+            self.stored[full] = name
+            self.entries[full] = self.entries.pop(name)
+
+    def _drop_tied_head(self) -> None:
+        head = f"{self.arch.family.head}.weight"
+        if self.arch.tied and head in self.entries:
+            import torch
+
+            embed = f"{self.arch.family.embed[0]}.weight"
+            if embed in self.entries and not torch.equal(self.tensor(head), self.tensor(embed)):
+                raise CheckpointError(
+                    f"{self.folder}: {head}", expected="the embeddings' values (tie_word_embeddings is true)", found="others"
+                )
+            del self.entries[head]
+
+    # ------------------------------------------------------------------------------------------------------------ reading
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by its full name."""
+        return {name: entry["shape"] for name, entry in self.entries.items()}
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Components of this checkpoint."""
+        return Layout(self.arch, frozenset(self.entries))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads one tensor, in its stored dtype."""
+        from safetensors import safe_open
+
+        stored = self.stored[name]
+        with safe_open(self.folder / self.files[stored], framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(stored)
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors in the order of their names, one at a time."""
+        for name in sorted(self.entries):
+            yield name, self.tensor(name)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of every shard, by file name."""
+        return {name: sha256_file(self.folder / name) for name in sorted(set(self.files.values()))}
+
+    def check_complete(self) -> None:
+        """Every parameter is owned by a component, and every module the family needs is there.
+
+        Raises:
+            CheckpointError: a tensor that no component owns, or one that is missing.
+        """
+        owners = self.layout.owners()
+        for name in sorted(self.entries):
+            if name not in owners:
+                raise CheckpointError(f"{self.folder}: {name}", expected="only tensors of this architecture", found="an extra one")
+        for name in sorted(required_tensors(self.arch)):
+            if name not in self.entries:
+                raise CheckpointError(f"{self.folder}: {name}", expected="a tensor of this name", found="none")
+
+    def check_finite(self) -> None:
+        """No weight is NaN or infinite (reads every tensor once).
+
+        Raises:
+            CheckpointError: naming the first tensor with such a value.
+        """
+        import torch
+
+        for name, tensor in self.tensors():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{self.folder}: {name}", expected="finite weights", found="NaN or infinite values")
+
+
+def required_tensors(arch: Architecture) -> Iterator[str]:
+    """Weights without which a model of this architecture is not whole."""
+    family = arch.family
+    attention = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
+    gate_up = (family.fused_gate_up,) if family.fused_gate_up else (family.gate, family.up)
+    for layer in range(arch.layers):
+        for module in (*attention, family.output, *gate_up, family.down, *family.norms, *family.attention_rest):
+            if module is not None:
+                yield f"{family.layers}.{layer}.{module}.weight"
+    for module in (*family.embed, family.final_norm, *(() if arch.tied else (family.head,))):
+        yield f"{module}.weight"
+
+
+def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The positional settings of a config that parents must share: RoPE and context length."""
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0)) if isinstance(rope, dict) else None
+    scaling = config.get("rope_scaling")
+    if scaling is None and isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    return {"rope_theta": theta, "rope_scaling": scaling, "context": context}

@@ -1,0 +1,78 @@
+"""Loading models and tokenizers through transformers: the only place that does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars, notices and deprecation warnings off the terminal."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` as a torch dtype."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """A transformers causal language model in evaluation mode, from safetensors only, remote code never.
+
+    Args:
+        folder: a local checkpoint folder.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: a torch device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(str(folder), expected="a model that transformers loads", found=str(error)) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, padding on the left, with a padding token."""
+    from transformers import AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(str(folder), expected="a tokenizer", found=str(error)) from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CheckpointError(str(folder), expected="a tokenizer with a padding or end token", found="neither")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

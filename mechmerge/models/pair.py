@@ -1,0 +1,134 @@
+"""Whether two checkpoints can be compared and merged, and the one adjustment that is offered: extra vocabulary rows.
+
+Rule for vocabularies (`align`): rows are matched by token string; the base's rows keep their places, an expert's row for the
+same token is used, tokens that only the expert has are dropped, and tokens that only the base has keep the base's row.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from mechmerge.artifacts import atomic_folder, digest, lock
+from mechmerge.errors import CheckpointError, PairError
+from mechmerge.models.adapters import copy_side_files
+from mechmerge.models.cache import cache_folder
+from mechmerge.models.checkpoint import Checkpoint, metadata_of
+from mechmerge.models.references import Model, ModelId
+
+VocabularyRule = Literal["same", "base"]
+"""`same`: other vocabularies are refused; `base`: aligned to the base's by token string."""
+PositionRule = Literal["same", "base"]
+"""`same`: other RoPE or context settings are refused; `base`: allowed, and the base's config is kept."""
+
+
+def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule = "same", finite: bool = True) -> None:
+    """Both have the same architecture, tensors, shapes, vocabulary and positions, and finite weights.
+
+    Raises:
+        PairError: naming the first difference.
+        CheckpointError: a NaN or infinite weight.
+    """
+    where = f"{expert.folder} against {base.folder}"
+    if base.arch.family.name != expert.arch.family.name or base.config.get("model_type") != expert.config.get("model_type"):
+        raise PairError(
+            where, expected=f"the architecture {base.config.get('model_type')}", found=str(expert.config.get("model_type"))
+        )
+    if base.arch.layers != expert.arch.layers:
+        raise PairError(where, expected=f"{base.arch.layers} layers", found=str(expert.arch.layers))
+    if base.arch.vocabulary != expert.arch.vocabulary:
+        raise PairError(
+            where,
+            expected=f"a vocabulary of {base.arch.vocabulary}",
+            found=str(expert.arch.vocabulary),
+            fix="use --vocabulary base to align the rows by token",
+        )
+    for field in ("heads", "kv_groups", "head_dim", "neurons", "tied"):
+        if getattr(base.arch, field) != getattr(expert.arch, field):
+            raise PairError(where, expected=f"{field} = {getattr(base.arch, field)}", found=str(getattr(expert.arch, field)))
+    shapes, others = base.shapes, expert.shapes
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            described = [f"{name} {list(s)}" if s is not None else f"no {name}" for s in (shapes.get(name), others.get(name))]
+            raise PairError(where, expected=described[0], found=described[1])
+    _check_tokens(base.folder, expert.folder, where)
+    mine, theirs = metadata_of(base.config), metadata_of(expert.config)
+    if positions == "same" and mine != theirs:
+        key = next(k for k in mine if mine[k] != theirs[k])
+        raise PairError(
+            where, expected=f"{key} = {mine[key]}", found=str(theirs[key]), fix="use --positions base to keep the base's config"
+        )
+    if finite:
+        base.check_finite()
+        expert.check_finite()
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Token string → id from tokenizer.json (added tokens included), or None where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        parsed: Any = json.loads(path.read_text("utf-8"))
+        vocabulary = parsed["model"]["vocab"]
+        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+        ids.update({token["content"]: token["id"] for token in parsed.get("added_tokens", [])})
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
+    return ids
+
+
+def _check_tokens(base: Path, expert: Path, where: str) -> None:
+    mine, theirs = token_ids(base), token_ids(expert)
+    if mine is None or theirs is None or mine == theirs:
+        return
+    token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
+    raise PairError(
+        where,
+        expected=f"token {token!r} at {mine.get(token, 'no row')}",
+        found=str(theirs.get(token, "no row")),
+        fix="use --vocabulary base to align the rows by token",
+    )
+
+
+def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
+    """The expert with its vocabulary rows in the base's order (a new folder in the cache), or as it is where that is right.
+
+    Raises:
+        PairError: the vocabularies differ and a tokenizer is missing, so tokens cannot be matched.
+    """
+    mine, theirs = token_ids(base.path), token_ids(expert.path)
+    one, other = base.checkpoint(), expert.checkpoint()
+    if rule == "same" or (one.arch.vocabulary == other.arch.vocabulary and (mine == theirs or mine is None or theirs is None)):
+        return expert
+    if mine is None or theirs is None:
+        raise PairError(str(expert.path), expected="tokenizer.json in both models to align their rows", found="none")
+    key = digest({"base": base.id.shards, "expert": expert.id.shards, "vocabulary": 1})[:32]
+    folder = cache_folder() / "aligned" / key
+    with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
+        if not folder.exists():
+            _write_aligned(one, other, {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}, folder)
+    return Model(id=ModelId(name=expert.id.name, revision=expert.id.revision, shards=Checkpoint(folder).digests()), path=folder)
+
+
+def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    family = base.arch.family
+    by_token = {f"{family.embed[0]}.weight", f"{family.head}.weight", f"{family.head}.bias"}
+    pairs = [(b, e) for b, e in sorted(rows.items()) if b < base.arch.vocabulary and e < expert.arch.vocabulary]
+    to, source = torch.tensor([b for b, _ in pairs]), torch.tensor([e for _, e in pairs])
+    tensors = {}
+    for name, tensor in expert.tensors():
+        if name in by_token and name in base.entries:
+            mine = base.tensor(name).to(tensor.dtype).clone()
+            mine[to] = tensor[source]
+            tensor = mine
+        tensors[expert.stored[name]] = tensor
+    config = dict(expert.config) | {"vocab_size": base.arch.vocabulary}
+    with atomic_folder(folder) as partial:
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        copy_side_files(base.folder, partial)

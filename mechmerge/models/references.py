@@ -1,0 +1,155 @@
+"""Model references: what a user may write where a model is expected, and what it is resolved to.
+
+    path                 a folder with config.json and safetensors
+    owner/name[@rev]     a model on the Hugging Face Hub, at a branch, tag or commit
+    demo:NAME            the demo's base model
+    REFERENCE+ADAPTER    a reference with a LoRA adapter (a path or owner/name[@rev]) merged into it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pydantic import Field
+
+from mechmerge.artifacts import Document, digest, write_json
+from mechmerge.errors import CheckpointError, InputError, MissingError
+from mechmerge.models.adapters import adapter_digests, is_adapter, materialise
+from mechmerge.models.cache import cache_folder
+from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.demo import REVISION, demo_model
+from mechmerge.progress import SILENT, Progress
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+class ModelId(Document):
+    """A model as files of ours name it: portable, pinned, without local paths."""
+
+    name: str
+    """The reference without local folders: `demo:…`, `owner/name`, a folder's own name, each with its `+adapter`."""
+    revision: str | None = None
+    """The commit on the Hub, where the reference has one."""
+    shards: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every weight file, by file name."""
+
+    @property
+    def digest(self) -> str:
+        """One sha256 over the shards: the identity of the weights."""
+        return digest(self.shards)
+
+
+class Model(Document):
+    """A resolved reference: an identity and the local folder that holds it."""
+
+    id: ModelId
+    path: Path
+    """A full checkpoint folder (an adapter is already merged in)."""
+
+    def checkpoint(self) -> Checkpoint:
+        """Opens the folder."""
+        return Checkpoint(self.path)
+
+
+def resolve(reference: str, *, relative_to: Path | None = None, progress: Progress = SILENT) -> Model:
+    """Resolves a reference to a local checkpoint, fetching or materialising it if need be.
+
+    Args:
+        reference: see the module's docstring.
+        relative_to: folder against which relative paths are read first (a pipeline file's own), then the working folder.
+        progress: told about downloads.
+
+    Raises:
+        InputError: not a reference, or nothing at that path.
+        CheckpointError: what is there is not a usable model.
+        MissingError: the Hub or package index is needed and cannot be reached.
+    """
+    whole = _local(reference, relative_to)
+    if whole is None and "+" in reference:
+        base_text, adapter_text = reference.rsplit("+", 1)
+        base = resolve(base_text, relative_to=relative_to, progress=progress)
+        adapter, adapter_name, revision = _folder(adapter_text, relative_to, progress)
+        adapter_digests(adapter)
+        path = materialise(base.path, base.id.shards, adapter)
+        name = f"{base.id.name}+{adapter_name}"
+        pinned = "+".join(part for part in (base.id.revision, revision) if part) or None
+    else:
+        path, name, pinned = _folder(reference, relative_to, progress)
+        if is_adapter(path):
+            raise CheckpointError(str(path), expected="a model", found="an adapter", fix=f"name it as BASE+{reference}")
+    checkpoint = Checkpoint(path)
+    checkpoint.check_complete()
+    model = Model(id=ModelId(name=name, revision=pinned, shards=checkpoint.digests()), path=path)
+    _remember(model)
+    return model
+
+
+def _local(text: str, relative_to: Path | None) -> Path | None:
+    if not text:
+        raise InputError("model reference", expected="a path, owner/name[@revision] or demo:NAME", found="an empty text")
+    path = Path(text).expanduser()
+    for candidate in ([relative_to / path] if relative_to else []) + [path]:
+        if candidate.exists():
+            return candidate.resolve()
+    return None
+
+
+def _folder(text: str, relative_to: Path | None, progress: Progress) -> tuple[Path, str, str | None]:
+    """(folder, portable name, revision) of a reference without adapter."""
+    if text.startswith("demo:"):
+        return demo_model(text.removeprefix("demo:"), progress), text, REVISION
+    path = _local(text, relative_to)
+    if path is not None:
+        if not path.is_dir():
+            raise InputError(f"model reference {text!r}", expected="a model folder", found="a file")
+        return path, path.name, None
+    if _HUB.fullmatch(text) and not text.startswith(("./", "../")):
+        return _from_hub(text, progress)
+    raise InputError(f"model reference {text!r}", expected="a folder, owner/name[@revision] or demo:NAME", found="nothing there")
+
+
+def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = text.partition("@")
+    progress.note(f"resolving {text} on the Hub")
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model reference {text!r}", expected="a folder or a model on the Hub", found=reason) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+        raise MissingError(
+            f"model reference {text!r}",
+            expected="a local folder, or the Hub within reach",
+            found=type(error).__name__,
+            fix="check the network, or download the model and name its folder",
+        ) from None
+    return folder, repository, folder.name
+
+
+def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
+    """The local folder of a pinned model: one given by name, else the one where it was last resolved.
+
+    Raises:
+        MissingError: no such folder, or its weights are others now.
+    """
+    candidates = [path for name, path in (given or {}).items() if name in (model_id.name, model_id.digest)]
+    record = cache_folder() / "known" / f"{model_id.digest}.json"
+    if record.exists():
+        candidates.append(Path(json.loads(record.read_text("utf-8"))["path"]))
+    for path in candidates:
+        if path.is_dir() and Checkpoint(path).digests() == model_id.shards:
+            return path
+    found = f"other weights in {candidates[0]}" if candidates else "none on this machine"
+    raise MissingError(
+        f"model {model_id.name}", expected=f"weights {model_id.digest[:12]}", found=found, fix=f"pass --model {model_id.name}=FOLDER"
+    )
+
+
+def _remember(model: Model) -> None:
+    write_json(cache_folder() / "known" / f"{model.id.digest}.json", {"name": model.id.name, "path": str(model.path)})
