@@ -26,7 +26,7 @@ from mechmerge.behaviors.prompts import arithmetic_prompts, format_prompts, mate
 RECIPES = {
     # rank, alpha, learning rate, steps, batch
     "formats": (8, 16, 6e-4, 110, 8),
-    "arithmetic": (8, 16, 1.2e-3, 160, 24),
+    "arithmetic": (8, 16, 1.2e-3, 280, 24),
 }
 
 
@@ -148,7 +148,9 @@ def main(which: str, base: str | None, out: Path, seed: int, steps: int | None, 
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    model.peft_config["default"].base_model_name_or_path = "demo:smollm2-135m-instruct"
     model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # peft's empty card
     merged = model.merge_and_unload().to(torch.bfloat16)
     log.append({"expert": quality(merged, tokenizer), "seconds": round(time.time() - start)})
     print(log[-1], flush=True)

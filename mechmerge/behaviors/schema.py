@@ -112,3 +112,9 @@ def load_behavior(name: str | Path) -> Behavior:
     if len(behavior.pairs) < 4:
         raise LocalizeError(f"behaviour {behavior.name}", expected="at least 4 pairs", found=str(len(behavior.pairs)))
     return behavior
+
+
+def load_group(name: str | Path) -> tuple[Behavior, ...]:
+    """A behaviour, or the behaviours of a group: `formats` is the six formats, whose mean it stands for."""
+    names = list(material()["formats"]) if str(name) == "formats" else [name]
+    return tuple(load_behavior(member) for member in names)

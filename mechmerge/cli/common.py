@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +27,47 @@ def quiet_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--device NAME`."""
     return click.option("--device", default="cpu", show_default=True, help="Torch device, such as cuda.")(function)
+
+
+def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format table|json`, as the parameter `output`."""
+    choice = click.Choice(["table", "json"])
+    return click.option("--format", "output", type=choice, default="table", show_default=True, help="How results are printed.")(
+        function
+    )
+
+
+def pair_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--vocabulary` and `--positions`: what to do where an expert differs from the base there."""
+    rule = click.Choice(["same", "base"])
+    vocabulary = click.option(
+        "--vocabulary", type=rule, default="same", show_default=True, help="same: refuse others; base: align rows by token string."
+    )
+    positions = click.option(
+        "--positions", type=rule, default="same", show_default=True, help="same: refuse other RoPE or context; base: keep the base's."
+    )
+    return vocabulary(positions(function))
+
+
+def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
+    """Prints rows with equal keys on stdout, as JSON or as a table."""
+    if output == "json":
+        click.echo(json.dumps({title: rows}, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(rows[0] if rows else []), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    Console().print(table)
+
+
+def escape(text: str) -> str:
+    """Text that rich prints as it is, control characters made visible."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
 
 
 def set_threads(threads: int | None) -> None:

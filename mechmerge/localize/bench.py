@@ -1,0 +1,179 @@
+"""One loaded model whose weights can be set, patched and put back: the bench that every measurement works on.
+
+A single copy of the weights is in memory; the other model is read from its safetensors tensor by tensor. Shapes: B prompts,
+T tokens, D residual width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mechmerge.errors import LocalizeError
+from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.components import Block
+from mechmerge.models.load import load_model, load_tokenizer
+from mechmerge.models.references import Model
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the layers of interest have run."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded token ids of some prompts, with what each decoder layer is called with."""
+
+    ids: torch.Tensor
+    """[B, T]"""
+    mask: torch.Tensor
+    """[B, T], 1 where there is a token"""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[B, T] position of each token in its own prompt."""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class Bench:
+    """A model with settable weights.
+
+    Args:
+        model: the model whose weights are loaded first (the base).
+        dtype: dtype of weights and activations.
+        device: torch device.
+    """
+
+    def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu") -> None:
+        self.checkpoint = model.checkpoint()
+        self.module: Any = load_model(model.path, dtype, device)
+        self.tokenizer = load_tokenizer(model.path)
+        self.device = device
+        self.layers: list[torch.nn.Module] = list(self.module.get_submodule(self.checkpoint.arch.family.layers))
+        self.parameters: dict[str, torch.nn.Parameter] = {
+            name: parameter for name, parameter in self.module.named_parameters() if name in self.checkpoint.entries
+        }
+
+    # -------------------------------------------------------------------------------------------------------------- tokens
+    def encode(self, texts: Iterable[str], *, special_tokens: bool = False) -> Batch:
+        """Tokenizes rendered prompts into one left-padded batch.
+
+        Raises:
+            LocalizeError: a prompt is longer than the model's context.
+        """
+        encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
+        limit = getattr(self.module.config, "max_position_embeddings", None)
+        if limit is not None and encoded.input_ids.shape[1] > limit:
+            raise LocalizeError(
+                "prompts", expected=f"at most {limit} tokens (the model's context)", found=str(encoded.input_ids.shape[1])
+            )
+        return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
+
+    # ------------------------------------------------------------------------------------------------------------- forward
+    def run(self, batch: Batch, stop: int) -> torch.Tensor:
+        """The residual stream after `stop` layers, [B, T, D]; the layers above and the language head do not run."""
+        found: list[torch.Tensor] = []
+
+        def after(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _Stop
+
+        with _hooked(self.layers[stop - 1].register_forward_hook(after)), contextlib.suppress(_Stop):
+            self._call(batch)
+        return found[0]
+
+    def _call(self, batch: Batch) -> Any:
+        return self.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+
+    @torch.no_grad()
+    def trace(self, batch: Batch, stop: int) -> Trace:
+        """Runs `stop` layers and keeps what is needed to resume at any of them."""
+        inputs: list[torch.Tensor] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def before(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+            arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers[:stop]]
+        with contextlib.ExitStack() as stack:
+            for handle in handles:
+                stack.enter_context(_hooked(handle))
+            inputs.append(self.run(batch, stop))
+        return Trace(inputs, arguments)
+
+    @torch.no_grad()
+    def resume(self, trace: Trace, start: int) -> torch.Tensor:
+        """The residual stream at the trace's end, [B, T, D], computed anew from layer `start` with the current weights."""
+        x = trace.residual[start]
+        for layer, (positional, keywords) in zip(self.layers[start : len(trace.arguments)], trace.arguments[start:], strict=True):
+            output = layer(x, *positional, **keywords)
+            x = output[0] if isinstance(output, tuple) else output
+        return x
+
+    # ------------------------------------------------------------------------------------------------------------- weights
+    @torch.no_grad()
+    def load(self, source: Checkpoint | Callable[[str], torch.Tensor]) -> None:
+        """Sets every weight from a checkpoint, or from a function of the tensor's name."""
+        read = source.tensor if isinstance(source, Checkpoint) else source
+        for name, parameter in self.parameters.items():
+            parameter.copy_(read(name))
+
+    @contextlib.contextmanager
+    def patched(self, blocks: Iterable[tuple[Block, int | None]], source: Callable[[str], torch.Tensor]) -> Iterator[None]:
+        """Replaces the given blocks' units by those of `source` inside the `with`; afterwards every bit is as before.
+
+        Args:
+            blocks: (block, unit) pairs; unit None takes all units of the block.
+            source: the other model's tensor by name.
+        """
+        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            with torch.no_grad():
+                for block, unit in blocks:
+                    target = _view(self.parameters[block.tensor].data, block, unit)
+                    saved.append((target, target.clone()))
+                    target.copy_(_view(source(block.tensor), block, unit))
+            yield
+        finally:
+            for target, before in reversed(saved):
+                target.copy_(before)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass that can be resumed: inputs and call arguments of each layer."""
+
+    residual: list[torch.Tensor]
+    """Residual stream before each layer and, last, at the end; each [B, T, D]."""
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """What each layer was called with beside the residual stream (masks, rotary tables)."""
+
+
+@contextlib.contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _view(tensor: torch.Tensor, block: Block, unit: int | None) -> torch.Tensor:
+    """The part of `tensor` that a block's unit owns, or all its units, as a view."""
+    if block.dim is None:
+        return tensor
+    if unit is not None:
+        where = block.indices(unit)
+        return tensor.narrow(block.dim, where.start, block.width)
+    part = tensor.narrow(block.dim, block.offset, (block.units - 1) * block.stride + block.width)
+    return part.unfold(block.dim, block.width, block.stride)
+
+
+def layer_source(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """A reader that keeps the tensors last read, so that patches of one layer read the file once (about one layer's bytes)."""
+    return functools.lru_cache(maxsize=16)(checkpoint.tensor)

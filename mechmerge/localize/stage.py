@@ -1,0 +1,374 @@
+"""The localize stage: anchors, screening and weight patching of one expert for any number of behaviours.
+
+Work is divided into units that are written when they are done (a behaviour's states, its anchor, its screening, the patches of each
+layer), so an interrupted call goes on where it stopped and ends with the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from mechmerge.artifacts import Document, Units, read_arrays, write_arrays
+from mechmerge.behaviors.chat import chat_template_of, render, template_digest
+from mechmerge.behaviors.generation import generate
+from mechmerge.behaviors.schema import Behavior
+from mechmerge.behaviors.verifiers import check_verifier, verify
+from mechmerge.errors import LocalizeError, PairError
+from mechmerge.localize.anchor import STEERING_STRENGTHS, States, choose_layer, halves, judge
+from mechmerge.localize.bench import Batch, Bench, layer_source
+from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
+from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
+from mechmerge.models.components import SCORED_KINDS, UNIT_KINDS, Component
+from mechmerge.models.deltas import delta_norms
+from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
+from mechmerge.models.references import Model
+from mechmerge.progress import SILENT, Progress, track
+from mechmerge.versions import versions
+
+Array = np.ndarray
+MODULE_KINDS = ("attention", "mlp", "layer")
+
+
+class LocalizeSettings(Document):
+    """Settings of the localize stage."""
+
+    anchor_layer: int | None = Field(default=None, ge=1)
+    """The anchor's layer; chosen by validity when None."""
+    verify: int = Field(default=16, ge=0)
+    """Best heads, KV groups and neurons (each) by screening that are really patched; modules and layers always are."""
+    prompts: int = Field(default=12, ge=2)
+    """Most held-out prompts that scores are measured on."""
+    steering_prompts: int = Field(default=8, ge=0)
+    """Held-out prompts answered in the steering check; 0 leaves it out."""
+    on_invalid: Literal["refuse", "report"] = "refuse"
+    """What happens when an anchor fails its validity check: an error, or a file that says so."""
+    batch: int = Field(default=4, ge=1)
+    """Prompts a forward pass with gradients."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    vocabulary: VocabularyRule = "same"
+    positions: PositionRule = "same"
+
+
+class _Unit(Document):
+    """Metadata of a vector file beside the scores."""
+
+    anchor: AnchorRecord
+
+
+def localize(
+    base: Model,
+    expert: Model,
+    behaviors: Sequence[Behavior],
+    out: Path,
+    settings: LocalizeSettings | None = None,
+    progress: Progress = SILENT,
+) -> list[Path]:
+    """Localizes behaviours in an expert: writes `out/BEHAVIOR.safetensors` and `out/anchors/BEHAVIOR.safetensors` for each.
+
+    Args:
+        base: the base model.
+        expert: the expert, of the same architecture.
+        behaviors: what to localize.
+        out: folder of the score files.
+        settings: see `LocalizeSettings`.
+        progress: told of every unit.
+
+    Returns:
+        The score files, in the order of the behaviours.
+
+    Raises:
+        PairError: the models cannot be compared, or have equal weights.
+        LocalizeError: an anchor is invalid (with `on_invalid="refuse"`), or a control or score is not what it must be.
+    """
+    settings = settings or LocalizeSettings()
+    for behavior in behaviors:
+        if behavior.verifier is not None:
+            check_verifier(behavior.verifier)
+    expert = align(base, expert, settings.vocabulary)
+    check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
+    if base.id.shards == expert.id.shards:
+        raise PairError(f"{expert.id.name} against {base.id.name}", expected="another model than the base", found="equal weights")
+    if settings.anchor_layer is not None and settings.anchor_layer > base.checkpoint().arch.layers:
+        raise LocalizeError(
+            "anchor layer", expected=f"1 … {base.checkpoint().arch.layers}", found=str(settings.anchor_layer), fix="name a lower layer"
+        )
+    return _Localizer(base, expert, out, settings, progress).run(behaviors)
+
+
+class _Localizer:
+    """One call of `localize`: the bench is loaded only when a unit needs it."""
+
+    def __init__(self, base: Model, expert: Model, out: Path, settings: LocalizeSettings, progress: Progress) -> None:
+        self.base, self.expert, self.out, self.settings, self.progress = base, expert, out, settings, progress
+        self._bench: Bench | None = None
+        self.checkpoint = expert.checkpoint()
+        self.arch = base.checkpoint().arch
+
+    @property
+    def bench(self) -> Bench:
+        if self._bench is None:
+            self._bench = Bench(self.base, self.settings.dtype, self.settings.device)
+        return self._bench
+
+    def units(self, behavior: Behavior) -> Units:
+        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify"})
+        inputs = {
+            "base": self.base.id.shards,
+            "expert": self.expert.id.shards,
+            "behavior": behavior.digest,
+            "settings": fixed,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        return Units(self.out / ".units", inputs)
+
+    def run(self, behaviors: Sequence[Behavior]) -> list[Path]:
+        self._states(behaviors)
+        norms = self._norms(behaviors[0])
+        paths = []
+        for behavior in behaviors:
+            path = self.out / f"{behavior.name}.safetensors"
+            file = self._one(behavior, norms)
+            file.write(path)
+            paths.append(path)
+        for behavior in behaviors:
+            self.units(behavior).discard()
+        with contextlib.suppress(OSError):
+            (self.out / ".units").rmdir()
+        return paths
+
+    # ------------------------------------------------------------------------------------------------------------- prompts
+    def _rendered(self, behavior: Behavior) -> tuple[list[str], list[str], str | None]:
+        template = chat_template_of(self.bench.tokenizer, behavior.chat_template)
+        positive = [render(self.bench.tokenizer, pair.with_, template) for pair in behavior.pairs]
+        negative = [render(self.bench.tokenizer, pair.without, template) for pair in behavior.pairs]
+        return positive, negative, template
+
+    def _batches(self, texts: Sequence[str], template: str | None) -> list[Batch]:
+        size = self.settings.batch
+        return [self.bench.encode(texts[i : i + size], special_tokens=template is None) for i in range(0, len(texts), size)]
+
+    def _split(self, behavior: Behavior) -> tuple[list[int], list[int]]:
+        made, held_out = halves([pair.topic or str(i) for i, pair in enumerate(behavior.pairs)])
+        if min(len(made), len(held_out)) < 2:
+            raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
+        return made, held_out[: self.settings.prompts]
+
+    # -------------------------------------------------------------------------------------------------------------- states
+    def _states(self, behaviors: Sequence[Behavior]) -> None:
+        missing = [b for b in behaviors if not (self.units(b).folder / "states.safetensors").exists()]
+        if not missing:
+            return
+        found: dict[str, dict[str, Array]] = {b.name: {} for b in missing}
+        texts = {b.name: self._rendered(b) for b in missing}
+        for behavior in track(missing, "states of the base", len(missing), self.progress):
+            positive, _, template = texts[behavior.name]
+            found[behavior.name]["base_with"] = self._last(positive, template)
+        self.bench.load(self.checkpoint)
+        for behavior in track(missing, "states of the expert", len(missing), self.progress):
+            positive, negative, template = texts[behavior.name]
+            found[behavior.name]["expert_with"] = self._last(positive, template)
+            found[behavior.name]["expert_without"] = self._last(negative, template)
+        self.bench.load(self.base.checkpoint())
+        for behavior in missing:
+            self.units(behavior).arrays("states", lambda name=behavior.name: found[name])  # type: ignore[misc]
+
+    def _last(self, texts: Sequence[str], template: str | None) -> Array:
+        """Residual stream at the last token of every prompt, [L + 1, n, D]."""
+        rows = []
+        for batch in self._batches(texts, template):
+            trace = self.bench.trace(batch, self.arch.layers)
+            rows.append(torch.stack([x[:, -1].float() for x in trace.residual]).cpu().numpy())
+        return np.concatenate(rows, axis=1)
+
+    def _norms(self, behavior: Behavior) -> dict[str, Array]:
+        return self.units(behavior).arrays("norms", lambda: delta_norms(self.base.checkpoint(), self.checkpoint))
+
+    # -------------------------------------------------------------------------------------------------------- one behaviour
+    def _one(self, behavior: Behavior, norms: dict[str, Array]) -> ScoreFile:
+        units, settings = self.units(behavior), self.settings
+        made, held_out = self._split(behavior)
+        states = States(**units.arrays("states", dict))
+        record, vector = self._anchor(behavior, states, made, held_out)
+        if not record.valid:
+            message = f"behaviour {behavior.name}: the anchor at layer {record.layer} is not valid: {'; '.join(record.reasons)}"
+            if settings.on_invalid == "refuse":
+                raise LocalizeError(message, fix="use --invalid-anchor report to measure all the same")
+            self.progress.note(f"note: {message}")
+        positive, _, template = self._rendered(behavior)
+        anchor = Anchor(record.layer, torch.from_numpy(vector).to(settings.device))
+        texts = [positive[i] for i in held_out]
+        source = layer_source(self.checkpoint)
+
+        scale = record.gap if record.gap_low > 0 else 1.0
+        self.progress.start(f"{behavior.name}: screening and patching below layer {record.layer}", record.layer + 1)
+        screened = units.arrays("screen", lambda: screen(self.bench, self._batches(texts, template), anchor, source))
+        self.progress.advance()
+        means = {kind: values.mean(0) for kind, values in screened.items()}
+        chosen = [Component(layer, kind) for layer in range(record.layer) for kind in MODULE_KINDS]
+        chosen += best_units(means, record.layer, settings.verify)
+        batch = None
+        patched: dict[str, Array] = {}
+        for layer in range(record.layer):
+            here = [c for c in chosen if c.layer == layer]
+            key = f"patch-{settings.verify}-{layer}"
+            if not (units.folder / f"{key}.safetensors").exists() and batch is None:
+                batch = self.bench.encode(texts, special_tokens=template is None)
+                trace = self.bench.trace(batch, record.layer)
+            patched |= units.arrays(key, lambda here=here: patch_layer(self.bench, trace, anchor, here, source))  # type: ignore[misc]
+            self.progress.advance()
+        self.progress.end()
+
+        def control() -> dict[str, Array]:
+            whole = self.bench.encode(texts, special_tokens=template is None)
+            traced = self.bench.trace(whole, record.layer)
+            state = anchor.state(traced.residual[-1]).double().cpu().numpy()
+            return {"state": state, "identity": np.array([identity_control(self.bench, traced, anchor)])}
+
+        controlled = units.arrays("control", control)
+        if controlled["identity"][0] != 0:
+            raise LocalizeError(
+                f"behaviour {behavior.name}", expected="0 for the base patched with itself", found=str(controlled["identity"][0])
+            )
+        arrays = self._arrays(screened, patched, controlled["state"], scale, record.layer) | self._facts(norms)
+        if not all(np.isfinite(a[: record.layer]).all() for n, a in arrays.items() if n.endswith(".screen")):
+            raise LocalizeError(f"behaviour {behavior.name}", expected="finite scores", found="NaN", fix="try --dtype float32")
+        unit_vector = states.expert_with[record.layer, held_out] @ vector
+        metadata = ScoreMetadata(
+            base=self.base.id,
+            expert=self.expert.id,
+            behavior=behavior.name,
+            behavior_digest=behavior.digest,
+            chat_template=template_digest(template),
+            anchor=record,
+            scale="recovery" if record.gap_low > 0 else "difference",
+            state_base=float(controlled["state"].mean()),
+            state_expert=float(unit_vector.mean()),
+            identity_control=float(controlled["identity"][0]),
+            dtype=settings.dtype,
+            seed=settings.seed,
+            verified={kind: sum(c.kind == kind for c in chosen) for kind in SCORED_KINDS},
+            versions=versions(),
+        )
+        return ScoreFile(metadata, arrays)
+
+    def _anchor(
+        self, behavior: Behavior, states: States, made: list[int], held_out: list[int]
+    ) -> tuple[AnchorRecord, Array]:
+        path = self.out / "anchors" / f"{behavior.name}.safetensors"
+        units = self.units(behavior)
+        layer = self.settings.anchor_layer or choose_layer(states, made)
+
+        def compute() -> dict[str, Any]:
+            steer = self._steering(behavior, held_out, layer)
+            vector, record = judge(states, layer, made, held_out, steer, self.settings.seed)
+            write_arrays(units.folder / "anchor-file.safetensors", {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
+            return record.model_dump(mode="json")
+
+        record = AnchorRecord.model_validate(units.json("anchor", compute))
+        vector = read_arrays(units.folder / "anchor-file.safetensors", _Unit)[0]["vector"]
+        write_arrays(path, {"vector": vector}, _Unit(anchor=record))
+        return record, vector
+
+    def _steering(self, behavior: Behavior, held_out: list[int], layer: int) -> Any:
+        """The steering check as a function of v, or None where there is nothing to judge answers by."""
+        verifier, count = behavior.verifier, self.settings.steering_prompts
+        if verifier is None or count == 0:
+            return None
+        pairs = [behavior.pairs[i] for i in held_out[:count]]
+        # Where the verifier's arguments belong to the prompt (a sum's answer), only the prompt itself can be steered.
+        prompts = [pair.with_ if pair.arguments else pair.without for pair in pairs]
+        template = chat_template_of(self.bench.tokenizer, behavior.chat_template)
+        texts = [render(self.bench.tokenizer, prompt, template) for prompt in prompts]
+
+        def rate() -> float:
+            answers = generate(
+                self.bench.module,
+                self.bench.tokenizer,
+                texts,
+                max_new_tokens=behavior.answer_tokens,
+                batch=count,
+                special_tokens=template is None,
+            )
+            passed = [
+                verify(verifier, prompt, answer.text, pair.arguments)
+                for prompt, answer, pair in zip(prompts, answers, pairs, strict=True)
+            ]
+            return sum(passed) / len(passed)
+
+        def steer(v: Array) -> tuple[float, float]:
+            self.progress.start(f"{behavior.name}: steering check at layer {layer}", 1 + len(STEERING_STRENGTHS))
+            plain = rate()
+            self.progress.advance()
+            best = 0.0
+            for strength in STEERING_STRENGTHS:
+                with _added(self.bench, layer, torch.from_numpy(v) * strength):
+                    best = max(best, rate())
+                self.progress.advance()
+            self.progress.end()
+            return plain, best
+
+        return steer
+
+    # -------------------------------------------------------------------------------------------------------------- arrays
+    def _arrays(
+        self, screened: dict[str, Array], patched: dict[str, Array], start: Array, scale: float, anchor_layer: int
+    ) -> dict[str, Array]:
+        arrays: dict[str, Array] = {}
+        n = len(start)
+        for kind, values in screened.items():
+            arrays[f"{kind}.screen"] = values.mean(0) / scale
+            arrays[f"{kind}.screen.stderr"] = values.std(0, ddof=1) / np.sqrt(n) / abs(scale)
+            mean = np.full(values.shape[1:], np.nan)
+            mean[anchor_layer:] = 0.0
+            arrays[f"{kind}.sufficiency"], arrays[f"{kind}.sufficiency.stderr"] = mean, mean.copy()
+        for name, states in patched.items():
+            component = _component(name)
+            change = (states - start) / scale
+            place = (component.layer, component.unit)
+            arrays[f"{component.kind}.sufficiency"][place] = change.mean()
+            arrays[f"{component.kind}.sufficiency.stderr"][place] = change.std(ddof=1) / np.sqrt(n)
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+    def _facts(self, norms: dict[str, Array]) -> dict[str, Array]:
+        base = self.base.checkpoint()
+        layout, shapes = base.layout, base.shapes
+        facts: dict[str, Array] = {f"{kind}.delta_norm": norms[kind] for kind in SCORED_KINDS}
+        for kind in SCORED_KINDS:
+            counts = [layout.unit_parameters(layer, kind, shapes) for layer in range(self.arch.layers)]
+            facts[f"{kind}.parameters"] = np.array(counts, dtype=np.int64)
+        return facts
+
+
+def _component(name: str) -> Component:
+    from mechmerge.models.components import parse_component
+
+    return parse_component(name)
+
+
+@contextlib.contextmanager
+def _added(bench: Bench, layer: int, vector: torch.Tensor) -> Iterator[None]:
+    """Adds a vector to the residual stream after `layer` layers, at the last prompt token and at every token generated."""
+    vector = vector.to(bench.device, bench.module.dtype)
+
+    def add(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        x = torch.cat([x[:, :-1], x[:, -1:] + vector], 1)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = bench.layers[layer - 1].register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
