@@ -241,7 +241,9 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Document) -> N
     from safetensors.numpy import save_file
 
     with atomic_file(path) as partial:
-        save_file(dict(arrays), partial, {METADATA_KEY: canonical(metadata.model_dump(mode="json"))})
+        # In document order, not sorted: the order of a mapping may name a tensor's dimension (experts of an effect file).
+        text = json.dumps(metadata.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        save_file(dict(arrays), partial, {METADATA_KEY: text})
 
 
 def read_arrays(path: Path, kind: type[D]) -> tuple[dict[str, Any], D]:

@@ -4,14 +4,16 @@ Weight patching (arXiv 2604.13694 §III-B): v = mean over prompts of h_A(x⁺; e
 state s(θ; x) = ⟨h_A(x; θ), v/‖v‖⟩. Difference-in-means vectors with layer choice and steering as checks: "Improving
 Instruction-Following in Language Models through Activation Steering" (ICLR 2025, microsoft/llm-steer-instruct).
 
-Ours: prompts are divided by topic into two disjoint halves. The first makes the vector and chooses the layer (by
-cross-fitting inside it); validity and recovery are measured on the second. Only layers between .3 and .8 of the depth are candidates: an anchor
-must leave layers below it to localize and layers above it to act.
+Ours: prompts are divided by topic into two disjoint halves. The first makes the vector and chooses the layer; validity and recovery are
+measured on the second. Only layers between .3 and .8 of the depth are candidates: an anchor must leave layers below it to localize and
+layers above it to act. Of each third of them the layer that sets expert and base apart best (cross-fitted) is steered with, and the one
+whose steering raises the base's pass rate most is taken. Steering adds v to the residual stream after the anchor's layer at the last
+prompt token and every token generated, on x⁺ prompts: the base reads the instruction, and the vector must make it act on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +24,8 @@ Array = np.ndarray
 MIN_SEPARATION = 0.9
 """Least area under the ROC curve of x⁺ against x⁻ that a valid anchor has."""
 DEPTHS = (0.3, 0.8)
-STEERING_STRENGTHS = (1.0, 2.0, 4.0)
-"""Multiples of v that are tried in the steering check."""
+STEERING_STRENGTHS = (1.0, 2.0)
+"""Multiples of v that are tried in the steering check; the last one chooses the layer."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,17 @@ def mean_low(values: Array, seed: int, resamples: int = 2000) -> float:
     return float(np.quantile(values[picks].mean(1), 0.025))
 
 
-def choose_layer(states: States, prompts: Sequence[int]) -> int:
-    """The layer whose cross-fitted anchor sets expert and base apart best, among those that separate x⁺ from x⁻.
+def best_layers(states: States, prompts: Sequence[int]) -> list[int]:
+    """One candidate layer of each third of the depths that are allowed, shallow first.
 
-    The vector of one half of `prompts` is judged on the other and the reverse; the criterion is the paired gap's mean over its
-    standard error. Where no layer separates, the best gap wins and validity will say so.
+    The vector of one half of `prompts` is judged on the other and the reverse; a layer that separates x⁺ from x⁻ goes before one that
+    does not, then the paired gap between expert and base over its standard error decides.
     """
     layers = states.expert_with.shape[0] - 1
-    candidates = range(max(1, round(DEPTHS[0] * layers)), max(2, round(DEPTHS[1] * layers) + 1))
+    candidates = np.arange(max(1, round(DEPTHS[0] * layers)), max(2, round(DEPTHS[1] * layers) + 1))
     folds = (list(prompts[0::2]), list(prompts[1::2]))
-    best: tuple[bool, float] = (False, -np.inf)
-    chosen = candidates[0]
-    for layer in candidates:
+
+    def merit(layer: int) -> tuple[bool, float]:
         gaps, areas = [], []
         for made, judged in (folds, folds[::-1]):
             v = direction(states, layer, made)
@@ -81,10 +82,9 @@ def choose_layer(states: States, prompts: Sequence[int]) -> int:
             gaps.append((states.expert_with[layer, judged] - states.base_with[layer, judged]) @ v)
             areas.append(separation(states.expert_with[layer, judged] @ v, states.expert_without[layer, judged] @ v))
         gap = np.concatenate(gaps)
-        merit = float(gap.mean() / max(gap.std(ddof=1) / np.sqrt(len(gap)), 1e-9))
-        if (min(areas) >= MIN_SEPARATION, merit) > best:
-            best, chosen = (min(areas) >= MIN_SEPARATION, merit), layer
-    return chosen
+        return min(areas) >= MIN_SEPARATION, float(gap.mean() / max(gap.std(ddof=1) / np.sqrt(len(gap)), 1e-9))
+
+    return [max((int(layer) for layer in third), key=merit) for third in np.array_split(candidates, 3) if len(third)]
 
 
 def judge(
@@ -92,7 +92,7 @@ def judge(
     layer: int,
     made: Sequence[int],
     held_out: Sequence[int],
-    steer: Callable[[Array], tuple[float, float]] | None,
+    rates: tuple[float, float] | None,
     seed: int,
 ) -> tuple[Array, AnchorRecord]:
     """The unit anchor vector [D] at a layer and its validity figures.
@@ -102,7 +102,7 @@ def judge(
         layer: the anchor's layer.
         made: prompts that make the vector.
         held_out: prompts on which it is judged.
-        steer: given v, the verifier's pass rate of the base without and with steering; None without a verifier.
+        rates: the verifier's pass rate of the base without and with steering; None without a verifier.
         seed: of the bootstrap.
     """
     v = direction(states, layer, made)
@@ -111,7 +111,7 @@ def judge(
     area = separation(expert, states.expert_without[layer, held_out] @ unit)
     gaps = expert - states.base_with[layer, held_out] @ unit
     low = mean_low(gaps, seed)
-    plain, steered = steer(v) if steer is not None else (None, None)
+    plain, steered = rates or (None, None)
     reasons = []
     if area < MIN_SEPARATION:
         reasons.append(f"separates x⁺ from x⁻ with {area:.2f} < {MIN_SEPARATION}")

@@ -55,9 +55,13 @@ class Bench:
         self.tokenizer = load_tokenizer(model.path)
         self.device = device
         self.layers: list[torch.nn.Module] = list(self.module.get_submodule(self.checkpoint.arch.family.layers))
-        self.parameters: dict[str, torch.nn.Parameter] = {
-            name: parameter for name, parameter in self.module.named_parameters() if name in self.checkpoint.entries
-        }
+        loaded = dict(self.module.named_parameters())
+        self.parameters: dict[str, torch.nn.Parameter] = {name: loaded[self.loaded(name)] for name in self.checkpoint.entries}
+
+    def loaded(self, name: str) -> str:
+        """The name that a checkpoint's tensor or module has in the loaded model."""
+        family = self.checkpoint.arch.family
+        return family.loaded_head + name[len(family.head) :] if name.split(".")[0] == family.head else name
 
     # -------------------------------------------------------------------------------------------------------------- tokens
     def encode(self, texts: Iterable[str], *, special_tokens: bool = False) -> Batch:

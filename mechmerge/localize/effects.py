@@ -181,21 +181,24 @@ class _Effects:
         """The expert's greedy answers that pass, as [index of the prompt, prompt tokens, answer tokens]."""
         row, member = self.rows[r], self.rows[r].members[m]
         pairs = member.pairs[: max(2, self.settings.prompts // len(row.members))]
-        self.progress.start(f"{row.name}: answers of {row.expert} to {member.name}", len(pairs))
         tokenizer = self.bench.tokenizer
         template = chat_template_of(tokenizer, member.chat_template)
         texts = [render(tokenizer, pair.with_, template) for pair in pairs]
         answers = generate(
-            self._expert(row.expert), tokenizer, texts, max_new_tokens=member.answer_tokens, special_tokens=template is None
+            self._expert(row.expert),
+            tokenizer,
+            texts,
+            max_new_tokens=member.answer_tokens,
+            special_tokens=template is None,
+            progress=self.progress,
+            label=f"answers of {row.expert} to {member.name}",
         )
         kept = []
         for i, (pair, text, answer) in enumerate(zip(pairs, texts, answers, strict=True)):
-            self.progress.advance()
             if member.verifier is None or verify(member.verifier, pair.with_, answer.text, pair.arguments):
                 prompt = tokenizer(text, add_special_tokens=template is None).input_ids
                 ending = [tokenizer.eos_token_id] if answer.finished else []
-                kept.append([i, prompt, tokenizer(answer.text, add_special_tokens=False).input_ids + ending])
-        self.progress.end()
+                kept.append([i, prompt, [*answer.ids, *ending]])
         return kept
 
     def _expert(self, name: str) -> Any:

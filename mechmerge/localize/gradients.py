@@ -54,7 +54,7 @@ class DeltaProbe:
         if arch.tied:
             by_module[arch.family.head] = {"weight": [((-1, "embed"), Block(f"{arch.family.embed[0]}.weight", None))]}
         for name, owned_parameters in by_module.items():
-            module = bench.module.get_submodule(name)
+            module = bench.module.get_submodule(bench.loaded(name))
             self._handles.append(module.register_forward_hook(self._watcher(owned_parameters)))
 
     def __enter__(self) -> DeltaProbe:

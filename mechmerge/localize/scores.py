@@ -40,7 +40,7 @@ class AnchorRecord(Document):
     gap_low: float
     """Lower end of the gap's 95 % bootstrap interval over prompts."""
     steering_base: float | None = None
-    """Pass rate of the base's answers to plain held-out prompts (x⁻), 0 … 1; None without a verifier."""
+    """Pass rate of the base's answers to held-out prompts (x⁺), 0 … 1; None without a verifier."""
     steering_steered: float | None = None
     """The same with the anchor vector added to the base's residual stream."""
     prompts: int

@@ -7,7 +7,7 @@ layer), so an interrupted call goes on where it stopped and ends with the same f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier, verify
 from mechmerge.errors import LocalizeError, PairError
-from mechmerge.localize.anchor import STEERING_STRENGTHS, States, choose_layer, halves, judge
+from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
 from mechmerge.localize.bench import Batch, Bench, layer_source
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
@@ -44,7 +44,7 @@ class LocalizeSettings(Document):
     verify: int = Field(default=16, ge=0)
     """Best heads, KV groups and neurons (each) by screening that are really patched; modules and layers always are."""
     prompts: int = Field(default=12, ge=2)
-    """Most held-out prompts that scores are measured on."""
+    """Topics in each half: those that make the anchor, and those that validity and scores are measured on."""
     steering_prompts: int = Field(default=8, ge=0)
     """Held-out prompts answered in the steering check; 0 leaves it out."""
     on_invalid: Literal["refuse", "report"] = "refuse"
@@ -131,7 +131,9 @@ class _Localizer:
         }
         return Units(self.out / ".units", inputs)
 
-    def run(self, behaviors: Sequence[Behavior]) -> list[Path]:
+    def run(self, given: Sequence[Behavior]) -> list[Path]:
+        behaviors = [_first_topics(behavior, 2 * self.settings.prompts) for behavior in given]
+        self.digests = {behavior.name: behavior.digest for behavior in given}
         self._states(behaviors)
         norms = self._norms(behaviors[0])
         paths = []
@@ -158,10 +160,10 @@ class _Localizer:
         return [self.bench.encode(texts[i : i + size], special_tokens=template is None) for i in range(0, len(texts), size)]
 
     def _split(self, behavior: Behavior) -> tuple[list[int], list[int]]:
-        made, held_out = halves([pair.topic or str(i) for i, pair in enumerate(behavior.pairs)])
+        made, held_out = halves(_topics(behavior))
         if min(len(made), len(held_out)) < 2:
             raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
-        return made, held_out[: self.settings.prompts]
+        return made, held_out
 
     # -------------------------------------------------------------------------------------------------------------- states
     def _states(self, behaviors: Sequence[Behavior]) -> None:
@@ -247,7 +249,7 @@ class _Localizer:
             base=self.base.id,
             expert=self.expert.id,
             behavior=behavior.name,
-            behavior_digest=behavior.digest,
+            behavior_digest=self.digests[behavior.name],
             chat_template=template_digest(template),
             anchor=record,
             scale="recovery" if record.gap_low > 0 else "difference",
@@ -266,11 +268,13 @@ class _Localizer:
     ) -> tuple[AnchorRecord, Array]:
         path = self.out / "anchors" / f"{behavior.name}.safetensors"
         units = self.units(behavior)
-        layer = self.settings.anchor_layer or choose_layer(states, made)
+        layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
 
         def compute() -> dict[str, Any]:
-            steer = self._steering(behavior, held_out, layer)
-            vector, record = judge(states, layer, made, held_out, steer, self.settings.seed)
+            steer = self._steering(behavior, held_out)
+            v = direction(states, layer, made)
+            rates = None if steer is None else (steer(layer, v, (0.0,)), steer(layer, v, STEERING_STRENGTHS))
+            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed)
             write_arrays(units.folder / "anchor-file.safetensors", {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
             return record.model_dump(mode="json")
 
@@ -279,16 +283,23 @@ class _Localizer:
         write_arrays(path, {"vector": vector}, _Unit(anchor=record))
         return record, vector
 
-    def _steering(self, behavior: Behavior, held_out: list[int], layer: int) -> Any:
-        """The steering check as a function of v, or None where there is nothing to judge answers by."""
+    def _choose(self, behavior: Behavior, states: States, made: list[int]) -> int:
+        """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own prompts."""
+        candidates = best_layers(states, made)
+        steer = self._steering(behavior, made)
+        if steer is None:
+            return candidates[-1]
+        rates = [steer(layer, direction(states, layer, made), STEERING_STRENGTHS[-1:]) for layer in candidates]
+        return max(zip(rates, candidates, strict=True))[1]
+
+    def _steering(self, behavior: Behavior, prompts: list[int]) -> Callable[[int, Array, Sequence[float]], float] | None:
+        """A function (layer, v, strengths) → best pass rate of the steered base, or None where nothing judges answers."""
         verifier, count = behavior.verifier, self.settings.steering_prompts
         if verifier is None or count == 0:
             return None
-        pairs = [behavior.pairs[i] for i in held_out[:count]]
-        # Where the verifier's arguments belong to the prompt (a sum's answer), only the prompt itself can be steered.
-        prompts = [pair.with_ if pair.arguments else pair.without for pair in pairs]
+        pairs = [behavior.pairs[i] for i in prompts[:count]]
         template = chat_template_of(self.bench.tokenizer, behavior.chat_template)
-        texts = [render(self.bench.tokenizer, prompt, template) for prompt in prompts]
+        texts = [render(self.bench.tokenizer, pair.with_, template) for pair in pairs]
 
         def rate() -> float:
             answers = generate(
@@ -299,23 +310,16 @@ class _Localizer:
                 batch=count,
                 special_tokens=template is None,
             )
-            passed = [
-                verify(verifier, prompt, answer.text, pair.arguments)
-                for prompt, answer, pair in zip(prompts, answers, pairs, strict=True)
-            ]
-            return sum(passed) / len(passed)
+            verdicts = [verify(verifier, p.with_, a.text, p.arguments) for a, p in zip(answers, pairs, strict=True)]
+            return sum(verdicts) / len(verdicts)
 
-        def steer(v: Array) -> tuple[float, float]:
-            self.progress.start(f"{behavior.name}: steering check at layer {layer}", 1 + len(STEERING_STRENGTHS))
-            plain = rate()
-            self.progress.advance()
+        def steer(layer: int, v: Array, strengths: Sequence[float]) -> float:
             best = 0.0
-            for strength in STEERING_STRENGTHS:
+            label = f"{behavior.name}: steering the base at layer {layer}"
+            for strength in track(strengths, label, len(strengths), self.progress):
                 with _added(self.bench, layer, torch.from_numpy(v) * strength):
                     best = max(best, rate())
-                self.progress.advance()
-            self.progress.end()
-            return plain, best
+            return best
 
         return steer
 
@@ -347,6 +351,18 @@ class _Localizer:
             counts = [layout.unit_parameters(layer, kind, shapes) for layer in range(self.arch.layers)]
             facts[f"{kind}.parameters"] = np.array(counts, dtype=np.int64)
         return facts
+
+
+def _topics(behavior: Behavior) -> list[str]:
+    return [pair.topic or str(i) for i, pair in enumerate(behavior.pairs)]
+
+
+def _first_topics(behavior: Behavior, count: int) -> Behavior:
+    """The behaviour with the pairs of its first `count` topics."""
+    topics = _topics(behavior)
+    kept = set(list(dict.fromkeys(topics))[:count])
+    pairs = tuple(pair for pair, topic in zip(behavior.pairs, topics, strict=True) if topic in kept)
+    return behavior.model_copy(update={"pairs": pairs})
 
 
 def _component(name: str) -> Component:

@@ -28,6 +28,8 @@ class Family:
     """Token embeddings first, then positions."""
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    loaded_head: str = "lm_head"
+    """Name of the head in a loaded transformers model, which renames GPT-NeoX's."""
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"

@@ -1,0 +1,245 @@
+"""Judging answers: the official IFEval checkers, strict, and two of our own (`number`, `contains`).
+
+IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdict of its
+`test_instruction_following_strict`. What is changed, so that a verdict depends on the answer alone and no network is needed:
+- importing them reaches for no network and imports neither torch nor datasets (`_registry`);
+- language detection and the checkers' random defaults are seeded, and a missing argument is an error, not a random one;
+- `keywords:letter_frequency` counts the character that was asked for, letter or not (lm-eval draws a random letter instead).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import random
+import re
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from mechmerge.behaviors.schema import Verifier
+from mechmerge.errors import InputError, MissingError
+
+IFEVAL: dict[str, tuple[str, ...]] = {
+    # instruction id: the arguments that it needs
+    "change_case:capital_word_frequency": ("capital_frequency", "capital_relation"),
+    "change_case:english_capital": (),
+    "change_case:english_lowercase": (),
+    "combination:repeat_prompt": ("prompt_to_repeat",),
+    "combination:two_responses": (),
+    "detectable_content:number_placeholders": ("num_placeholders",),
+    "detectable_content:postscript": ("postscript_marker",),
+    "detectable_format:constrained_response": (),
+    "detectable_format:json_format": (),
+    "detectable_format:multiple_sections": ("section_spliter", "num_sections"),
+    "detectable_format:number_bullet_lists": ("num_bullets",),
+    "detectable_format:number_highlighted_sections": ("num_highlights",),
+    "detectable_format:title": (),
+    "keywords:existence": ("keywords",),
+    "keywords:forbidden_words": ("forbidden_words",),
+    "keywords:frequency": ("keyword", "frequency", "relation"),
+    "keywords:letter_frequency": ("letter", "let_frequency", "let_relation"),
+    "language:response_language": ("language",),
+    "length_constraints:nth_paragraph_first_word": ("num_paragraphs", "nth_paragraph", "first_word"),
+    "length_constraints:number_paragraphs": ("num_paragraphs",),
+    "length_constraints:number_sentences": ("num_sentences", "relation"),
+    "length_constraints:number_words": ("num_words", "relation"),
+    "punctuation:no_comma": (),
+    "startend:end_checker": ("end_phrase",),
+    "startend:quotation": (),
+}
+OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",)}
+LETTER = "keywords:letter_frequency"
+NEED_PUNKT = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
+"""Checkers that split text with NLTK's sentence model, which no package ships."""
+_NUMBER = re.compile(r"(?:(?<![\w.])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+
+
+def verifier_names() -> list[str]:
+    """Names of all verifiers."""
+    return sorted(IFEVAL) + sorted(OWN)
+
+
+def check_verifier(verifier: Verifier) -> None:
+    """The verifier exists, takes the arguments given (others may come with each prompt), and can run on this machine.
+
+    Raises:
+        InputError: an unknown name or argument.
+        MissingError: the checker needs NLTK's sentence model, and it is not installed.
+    """
+    _keys(verifier.name, verifier.arguments)
+    if verifier.name in NEED_PUNKT:
+        _check_punkt(verifier.name)
+
+
+def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
+    """The arguments of one prompt, over the verifier's own, are complete.
+
+    Raises:
+        InputError: a missing or unknown argument, or one that the checker does not accept.
+    """
+    _arguments(verifier, arguments)
+
+
+def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether an answer passes.
+
+    Args:
+        verifier: the checker, its arguments, and the least number of words that an answer must have.
+        prompt: what was asked.
+        answer: what the model said.
+        arguments: arguments of this prompt alone; they stand above the verifier's own.
+
+    Raises:
+        InputError: an unknown verifier, or a missing, unknown or refused argument.
+        MissingError: the checker needs NLTK's sentence model, and it is not installed.
+    """
+    merged = _arguments(verifier, arguments)
+    if not answer.strip() or len(re.findall(r"\S*\w\S*", answer)) < verifier.min_words:
+        return False
+    if verifier.name == "contains":
+        return str(merged["text"]) in answer
+    if verifier.name == "number":
+        found = _NUMBER.findall(answer)
+        return bool(found) and _decimal(found[-1]) == _decimal(merged["answer"])
+    if verifier.name in NEED_PUNKT:
+        _check_punkt(verifier.name)
+    with _seeded():
+        return bool(_checker(verifier.name, prompt, merged).check_following(answer))
+
+
+# --------------------------------------------------------------------------------------------------------------- arguments
+def _keys(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = IFEVAL.get(name, OWN.get(name))
+    if keys is None:
+        raise InputError(f"verifier {name!r}", expected=f"one of {', '.join(verifier_names())}", found="an unknown name")
+    unknown = sorted(set(arguments) - set(keys))
+    if unknown:
+        raise InputError(
+            f"verifier {name}", expected=f"arguments {', '.join(keys) or '(none)'}", found=f"unknown {unknown[0]!r}"
+        )
+    return keys
+
+
+def _arguments(verifier: Verifier, own: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments, complete; as in lm-eval, an IFEval argument that is empty or 0 counts as not given."""
+    merged = {**verifier.arguments, **own}
+    keys = _keys(verifier.name, merged)
+    given = {k: v for k, v in merged.items() if (v is not None if verifier.name in OWN else v)}
+    missing = [key for key in keys if key not in given]
+    if missing:
+        raise InputError(f"verifier {verifier.name}", expected=f"the argument {missing[0]}", found="none, or an empty one")
+    if verifier.name == LETTER and len(str(given["letter"])) != 1:
+        raise InputError(f"verifier {LETTER}", expected="one character as letter", found=repr(given["letter"]))
+    if (
+        verifier.name == "length_constraints:nth_paragraph_first_word"
+        and not 1 <= given["nth_paragraph"] <= given["num_paragraphs"]
+    ):
+        raise InputError(
+            f"verifier {verifier.name}", expected="nth_paragraph in 1 … num_paragraphs", found=str(given["nth_paragraph"])
+        )
+    if verifier.name == "number" and _decimal(given["answer"]) is None:
+        raise InputError("verifier number", expected="a number as answer", found=repr(given["answer"]))
+    return given
+
+
+def _decimal(value: Any) -> Decimal | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return Decimal(str(value).replace(",", "").replace("−", "-"))
+    except InvalidOperation:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------------ IFEval
+def _checker(name: str, prompt: str, arguments: Mapping[str, Any]) -> Any:
+    """The IFEval checker, set up as lm-eval's strict verdict does it."""
+    checker = _registry()[name](name)
+    try:
+        checker.build_description(**arguments)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"verifier {name}", expected="arguments that the checker takes", found=str(error)) from None
+    given = checker.get_instruction_args()
+    if given and "prompt" in given:
+        checker.build_description(prompt=prompt)
+    if name == LETTER:
+        checker._letter = str(arguments["letter"]).lower()
+    return checker
+
+
+@functools.cache
+def _registry() -> dict[str, Any]:
+    """IFEval's instruction id → checker class, imported from lm-eval without its heavy parents and without network.
+
+    `lm_eval.tasks` imports the whole task manager (and with it datasets), and `instructions_util` downloads an NLTK resource:
+    while the checkers are imported, an empty package stands for the former and NLTK neither looks for data nor fetches it.
+    Everything is put back, so a later `import lm_eval.tasks` gets the real one.
+    """
+    try:
+        import lm_eval
+        import nltk
+    except ImportError as error:
+        raise MissingError(
+            "IFEval verifiers", expected="lm-eval", found=str(error), fix="pip install 'lm-eval[ifeval]'"
+        ) from None
+    before = {name: module for name, module in sys.modules.items() if name.startswith("lm_eval.tasks")}
+    attribute = vars(lm_eval).get("tasks")
+    find, download = nltk.data.find, nltk.download
+    nltk.data.find = nltk.download = lambda *_, **__: True
+    try:
+        for name in before:
+            del sys.modules[name]
+        stub = types.ModuleType("lm_eval.tasks")
+        stub.__path__ = [f"{lm_eval.__path__[0]}/tasks"]
+        sys.modules["lm_eval.tasks"] = stub
+        registry = importlib.import_module("lm_eval.tasks.ifeval.instructions_registry")
+    except ImportError as error:
+        raise MissingError(
+            "IFEval verifiers", expected="lm-eval", found=str(error), fix="pip install 'lm-eval[ifeval]'"
+        ) from None
+    finally:
+        nltk.data.find, nltk.download = find, download
+        for name in [name for name in sys.modules if name.startswith("lm_eval.tasks")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        if attribute is None:
+            vars(lm_eval).pop("tasks", None)
+        else:
+            vars(lm_eval)["tasks"] = attribute
+    # The checkers log every text whose language cannot be told; without a handler that would land on stderr.
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").addHandler(logging.NullHandler())
+    return dict(registry.INSTRUCTION_DICT)
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Fixed seeds of langdetect and of `random`, put back afterwards."""
+    from langdetect import DetectorFactory
+
+    state, seed = random.getstate(), DetectorFactory.seed
+    random.seed(0)
+    DetectorFactory.seed = 0
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        DetectorFactory.seed = seed
+
+
+def _check_punkt(name: str) -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        raise MissingError(
+            f"verifier {name}",
+            expected="NLTK's punkt_tab data",
+            found="none",
+            fix="run `python -m nltk.downloader punkt_tab`, or unzip it from github.com/nltk/nltk_data into NLTK_DATA/tokenizers",
+        ) from None

@@ -1,0 +1,38 @@
+"""`mechmerge gate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mechmerge.cli.common import format_option
+
+
+@click.command()
+@click.argument("evaluation", type=click.Path(path_type=Path))
+@click.argument("gate", type=click.Path(path_type=Path))
+@click.option("--model", help="The model judged by rules that name none (default: the gate file's).")
+@format_option
+def command(evaluation: Path, gate: Path, model: str | None, output: str) -> None:
+    """Check the rules of GATE, a YAML file, against EVALUATION, the file that `mechmerge evaluate` wrote.
+
+    Exit code 0 when every rule passes, 3 when one fails or cannot be checked.
+    """
+    from mechmerge.artifacts import read_document
+    from mechmerge.errors import GateRefused
+    from mechmerge.evaluate.gate import Gate, check_gate
+    from mechmerge.evaluate.record import Evaluation
+
+    result = check_gate(read_document(Evaluation, evaluation), read_document(Gate, gate), model)
+    if output == "json":
+        click.echo(result.model_dump_json(indent=1))
+    else:
+        for rule in result.rules:
+            click.echo(rule.line)
+    if not result.passed:
+        worst = result.failed[0]
+        short = worst.problem or f"{worst.found:.3f}, short by {worst.short_by:.3f}"
+        raise GateRefused(
+            f"gate {gate}: {len(result.failed)} of {len(result.rules)} rules failed", expected=worst.rule, found=short
+        )

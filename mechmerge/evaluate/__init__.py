@@ -1,0 +1,1 @@
+"""Evaluation: suites of prompts, generated and judged answers, statistics, tables and the gate."""

@@ -1,0 +1,1 @@
+"""Pipelines: every stage from one file, resumable."""

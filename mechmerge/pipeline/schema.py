@@ -1,0 +1,122 @@
+"""The pipeline file: models, behaviours, recipes, evaluation and gate of one run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mechmerge.artifacts import Document
+from mechmerge.evaluate.gate import Gate
+from mechmerge.models.pair import PositionRule, VocabularyRule
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class BehaviorPlan(Document):
+    """A behaviour (or group) of the pipeline."""
+
+    expert: str
+    """The expert that answers for it."""
+    file: str | None = None
+    """A behaviour file, relative to the pipeline's (default: the built-in behaviour or group of this name)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its weight against the other behaviours."""
+
+
+class LocalizePlan(Document):
+    """Settings of localization; see `LocalizeSettings`."""
+
+    anchor_layer: int | None = Field(default=None, ge=1)
+    verify: int = Field(default=16, ge=0)
+    prompts: int = Field(default=12, ge=2)
+    steering_prompts: int = Field(default=8, ge=0)
+    on_invalid: Literal["refuse", "report"] = "refuse"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class EffectPlan(Document):
+    """Settings of the effect matrix; see `EffectSettings`."""
+
+    prompts: int = Field(default=48, ge=4)
+    tolerance: float = Field(default=0.05, gt=0)
+    max_nodes: int = Field(default=10, ge=4)
+    batch: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class RecipePlan(Document):
+    """One recipe: a policy and its parameters."""
+
+    policy: Literal["conflict", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"]
+    like: str | None = None
+    """For the controls: the recipe whose shares they copy (an earlier one of this file)."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the policy, such as budget, overlap, weight or density."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _controls(self) -> RecipePlan:
+        if (self.policy in ("random", "magnitude")) != (self.like is not None):
+            raise ValueError("`like` belongs to the policies random and magnitude, and they need it")
+        return self
+
+
+class EvaluatePlan(Document):
+    """What is generated and judged."""
+
+    suites: tuple[str, ...] = Field(min_length=1)
+    """Built-in suites or files, relative to the pipeline's."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch: int = Field(default=24, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts a suite, for trying out."""
+
+
+class Pipeline(Document):
+    """A whole run: localize, effects, recipes, merge, evaluate, gate, report and card."""
+
+    schema_version: Literal[1] = 1
+    title: str
+    notes: str = ""
+    """Said in the report, such as what was never tried."""
+    base: str
+    """Model reference; relative paths are read from the pipeline file's folder."""
+    experts: dict[str, str] = Field(min_length=1)
+    """Model references by name, in the order in which recipes sum them."""
+    revision: str | None = None
+    """Revision of every Hub reference that names none itself; resolved to commits when the pipeline runs."""
+    license: str | None = None
+    """Licence of the merge, where it cannot be worked out from the parents'."""
+    vocabulary: VocabularyRule = "same"
+    positions: PositionRule = "same"
+    behaviors: dict[str, BehaviorPlan] = Field(min_length=1)
+    localize: LocalizePlan = LocalizePlan()
+    effects: EffectPlan = EffectPlan()
+    recipes: dict[str, RecipePlan] = Field(min_length=1)
+    publish: str
+    """The recipe that is gated and gets a model card."""
+    evaluate: EvaluatePlan
+    gate: Gate
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _names(self) -> Pipeline:
+        import re
+
+        for name in (*self.experts, *self.recipes, *self.behaviors):
+            if not re.match(NAME, name):
+                raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . -)")
+        taken = {"base", *self.experts}
+        for name, plan in self.recipes.items():
+            if name in taken:
+                raise ValueError(f"recipe {name}: the name is taken by a model or an earlier recipe")
+            if plan.like is not None and plan.like not in taken - {"base", *self.experts}:
+                raise ValueError(f"recipe {name}: like {plan.like!r} is not an earlier recipe")
+            taken.add(name)
+        for name, behavior in self.behaviors.items():
+            if behavior.expert not in self.experts:
+                raise ValueError(f"behaviors {name}: expert {behavior.expert!r} is not among {', '.join(self.experts)}")
+        if self.publish not in self.recipes:
+            raise ValueError(f"publish: {self.publish!r} is not among the recipes")
+        return self

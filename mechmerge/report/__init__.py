@@ -1,0 +1,1 @@
+"""What a run found, drawn and written down: figures and a Markdown summary."""

@@ -1,0 +1,184 @@
+"""What a file of ours holds, in tables: score, effect and evaluation files and recipes, told apart by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mechmerge.artifacts import METADATA_KEY, parse_document, parse_json, parse_yaml, read_text
+from mechmerge.errors import InputError, SchemaError
+from mechmerge.localize.effect_file import read_effects
+from mechmerge.localize.scores import read_scores
+from mechmerge.models.components import UNIT_KINDS
+from mechmerge.report import tables
+from mechmerge.report.recipes import read_recipe_file, recipe_rows
+from mechmerge.report.style import caveat
+
+TOP = 12
+"""Components that are listed."""
+KINDS = "a score file, an effect file, a recipe or an evaluation of mechmerge"
+
+Rows = list[dict[str, Any]]
+
+
+class Inspection(NamedTuple):
+    """A file of ours, read and checked."""
+
+    kind: str
+    """scores, effects, recipe or evaluation."""
+    document: dict[str, Any]
+    """Its JSON document, whole."""
+    tensors: dict[str, list[int]]
+    """Shapes of its tensors; empty for text files."""
+    tables: dict[str, Rows]
+    """What a reader wants to see first: rows by title."""
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Reads and checks a file and says what it holds.
+
+    Raises:
+        InputError: no such file.
+        SchemaError: no file of ours, or one that breaks its schema.
+    """
+    if not path.is_file():
+        raise InputError(str(path), expected=KINDS, found="a folder" if path.is_dir() else "nothing there")
+    if _is_safetensors(path):
+        kind = _kind_of_tensors(path)
+        if kind == "scores":
+            return _scores(path)
+        if kind == "effects":
+            return _effects(path)
+        raise SchemaError(str(path), expected=KINDS, found=f"a safetensors file of kind {kind}")
+    text = read_text(path)
+    is_json = text.lstrip().startswith("{")
+    value = parse_json(text, str(path)) if is_json else parse_yaml(text, str(path))
+    keys = value.keys() if isinstance(value, Mapping) else set()
+    if {"suites", "models", "pairs"} <= keys:
+        return _evaluation(path, value)
+    if {"base", "experts"} <= keys:
+        return _recipe(path)
+    raise SchemaError(str(path), expected=KINDS, found=f"keys {', '.join(map(str, list(keys)[:6])) or 'none'}")
+
+
+def _is_safetensors(path: Path) -> bool:
+    # Eight bytes of header length, then the header's JSON.
+    with path.open("rb") as handle:
+        return handle.read(9)[8:] == b"{"
+
+
+def _kind_of_tensors(path: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            text = (handle.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise SchemaError(str(path), expected="a safetensors file", found=str(error)) from None
+    if text is None:
+        raise SchemaError(str(path), expected=KINDS, found="a safetensors file that mechmerge did not write")
+    document = parse_json(text, str(path))
+    return str(document.get("kind")) if isinstance(document, Mapping) else "unknown"
+
+
+def _facts(**facts: Any) -> Rows:
+    return [{"field": name.replace("_", " "), "value": value} for name, value in facts.items() if value not in (None, "")]
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(array.shape) for name, array in sorted(arrays.items())}
+
+
+def _scores(path: Path) -> Inspection:
+    file = read_scores(path)
+    meta, anchor = file.metadata, file.metadata.anchor
+    steered = None
+    if anchor.steering_base is not None and anchor.steering_steered is not None:
+        steered = f"{anchor.steering_base:.2f} → {anchor.steering_steered:.2f}"
+    facts = _facts(
+        behaviour=meta.behavior,
+        base=f"{meta.base.name} ({meta.base.digest[:12]})",
+        expert=f"{meta.expert.name} ({meta.expert.digest[:12]})",
+        anchor_after_layer=anchor.layer,
+        anchor_valid="yes" if anchor.valid else "NO",
+        caveat=caveat(meta),
+        separation=f"{anchor.separation:.3f}",
+        gap=f"{anchor.gap:.3f} (95 % low {anchor.gap_low:.3f})",
+        pass_rate_when_steered=steered,
+        state_of_base_and_expert=f"{meta.state_base:.3f}, {meta.state_expert:.3f}",
+        scale=meta.scale,
+        prompts=f"{anchor.prompts} for the anchor, {anchor.held_out} held out",
+        patched=", ".join(f"{n} {kind}" for kind, n in meta.verified.items()),
+        dtype=meta.dtype,
+        seed=meta.seed,
+    )
+    rankings = {
+        title: [
+            {"component": r.name, "weight patching": _number(r.patched), "±": _number(r.stderr), "first-order": _number(r.screen)}
+            for r in tables.top_components(file, kinds, TOP)
+        ]
+        for title, kinds in (("heads, kv groups, neurons", UNIT_KINDS), ("modules", ("attention", "mlp")))
+    }
+    shown = {"scores": facts} | {title: rows for title, rows in rankings.items() if rows}
+    return Inspection("scores", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
+
+
+def _effects(path: Path) -> Inspection:
+    file = read_effects(path)
+    meta = file.metadata
+    facts = _facts(
+        base=f"{meta.base.name} ({meta.base.digest[:12]})",
+        **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
+        path=meta.path,
+        gradient_points=len(meta.nodes),
+        dtype=meta.dtype,
+        seed=meta.seed,
+    )
+    shown = {"effects": facts, "behaviours": _parsed(tables.losses_rows(file)), "sums of effects": _parsed(tables.effects_rows(file))}
+    return Inspection("effects", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
+
+
+def _recipe(path: Path) -> Inspection:
+    recipe = read_recipe_file(path)
+    facts = _facts(
+        base=f"{recipe.base.name} ({recipe.base.digest[:12]})",
+        **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in recipe.experts.items()},
+    )
+    return Inspection(
+        "recipe", recipe.model_dump(mode="json"), {}, {"recipe": facts, "shares": _parsed(recipe_rows({path.parent.name: path}))}
+    )
+
+
+def _evaluation(path: Path, value: Mapping[str, Any]) -> Inspection:
+    from mechmerge.evaluate.record import Evaluation
+
+    record = parse_document(Evaluation, value, str(path))
+    metrics: Rows = []
+    for model in record.models:
+        for name, metric in record.metrics(model).items():
+            interval = f"{metric.low:.3f} – {metric.high:.3f}"
+            row = {"model": model, "metric": name, "value": f"{metric.value:.3f}", "95 % interval": interval, "n": metric.n}
+            metrics.append(row)
+    pairs: Rows = [
+        {
+            "model": pair.model,
+            "against": pair.against,
+            "metric": pair.metric,
+            "difference": f"{pair.difference:+.3f}",
+            "95 % interval": f"{pair.low:+.3f} – {pair.high:+.3f}",
+            "p (Holm)": f"{pair.p_holm:.3g}",
+        }
+        for pair in record.pairs
+    ]
+    shown = {"evaluation": metrics} | ({"paired tests": pairs} if pairs else {})
+    return Inspection("evaluation", record.model_dump(mode="json"), {}, shown)
+
+
+def _parsed(table: tuple[list[str], list[tuple[Any, ...]]]) -> Rows:
+    header, rows = table
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:+.4f}"
