@@ -241,5 +241,5 @@ def _check_punkt(name: str) -> None:
             f"verifier {name}",
             expected="NLTK's punkt_tab data",
             found="none",
-            fix="run `python -m nltk.downloader punkt_tab`, or unzip it from github.com/nltk/nltk_data into NLTK_DATA/tokenizers",
+            fix="run `python -m nltk.downloader punkt_tab` (without the Hub: from github.com/nltk/nltk_data by hand)",
         ) from None

@@ -12,7 +12,9 @@ from mechmerge.cli.common import format_option
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--model", metavar="NAME", help="The recipe to describe (default: the one that the pipeline publishes).")
-@click.option("--license", "license_", metavar="NAME", help="Licence of the merge, as the Hub writes it (apache-2.0, llama3.2, ...).")
+@click.option(
+    "--license", "license_", metavar="NAME", help="Licence of the merge, as the Hub writes it (apache-2.0, llama3.2, ...)."
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file to write (default: RUN/README.md).")
 @format_option
 def command(run: Path, model: str | None, license_: str | None, out: Path | None, output: str) -> None:

@@ -3,7 +3,7 @@
     model: conflict                                             # the default for rules that name none
     rules:
       - {metric: formats, at_least: {model: base, plus: 0.20}}
-      - {metric: arithmetic, at_least: {model: arithmetic, times: 0.8}, on: low}
+      - {metric: arithmetic, at_least: {model: arithmetic, times: 0.8}, use: low}
       - {metric: formats.min, at_least: 0.3}
 
 A metric or model that the evaluation does not hold refuses: what was not measured was not shown.
@@ -42,8 +42,8 @@ class Rule(Document):
     model: str | None = None
     """The model judged (default: the gate's)."""
     at_least: Annotated[float, Field(ge=0, le=1)] | Bound
-    on: Literal["value", "low"] = "value"
-    """What must reach the bound: the value, or the lower end of its 95 % interval."""
+    use: Literal["value", "low"] = "value"
+    """What must reach the bound: the value, or the lower end of its 95 % interval (`on` would be true in YAML)."""
 
 
 class Gate(Document):
@@ -128,7 +128,7 @@ def _check(evaluation: Evaluation, rule: Rule, model: str) -> RuleResult:
             bound = bound.times * evaluation.metric(bound.model, bound.metric or rule.metric).value + bound.plus
     except InputError as error:
         return RuleResult(rule=words, model=model, metric=rule.metric, passed=False, problem=str(error))
-    found = metric.low if rule.on == "low" else metric.value
+    found = metric.low if rule.use == "low" else metric.value
     short = 0.0 if found >= bound - TOLERANCE else bound - found
     return RuleResult(
         rule=words, model=model, metric=rule.metric, passed=short == 0.0, found=found, bound=bound, short_by=short
@@ -136,7 +136,7 @@ def _check(evaluation: Evaluation, rule: Rule, model: str) -> RuleResult:
 
 
 def _words(rule: Rule, model: str) -> str:
-    subject = f"{rule.metric} of {model}" + (" (lower end)" if rule.on == "low" else "")
+    subject = f"{rule.metric} of {model}" + (" (lower end)" if rule.use == "low" else "")
     bound = rule.at_least
     if not isinstance(bound, Bound):
         return f"{subject} ≥ {bound:g}"

@@ -167,8 +167,8 @@ def _limited(suite: Suite, limit: int) -> Suite:
 def _from_file(path: Path) -> Suite:
     where, text = str(path), read_text(path)
     if path.suffix == ".jsonl":
-        lines = [line for line in text.splitlines() if line.strip()]
-        value: Any = {"prompts": [parse_json(line, f"{where}: line {i}") for i, line in enumerate(lines, 1)]}
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        value: Any = {"prompts": [parse_json(line, f"{where}: line {i}") for i, line in lines]}
     else:
         value = parse_yaml(text, where)
         value = {"prompts": value} if isinstance(value, list) else value

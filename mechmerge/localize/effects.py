@@ -40,7 +40,7 @@ from mechmerge.versions import versions
 Array = np.ndarray
 COMPLETENESS_FLOOR = 0.05
 """Nats: smaller changes of loss are not divided by."""
-FIRST_INTERVALS = (0.0, 0.25, 1.0)
+FIRST_INTERVALS = (0.0, 0.0625, 0.25, 1.0)
 """Most of the loss falls near the base, so the path starts out divided there."""
 
 
@@ -117,7 +117,8 @@ def measure_effects(
         for member in row.members:
             if member.verifier is not None:
                 check_verifier(member.verifier)
-    aligned = {name: align(base, expert, settings.vocabulary) for name, expert in experts.items()}
+    # Aligned copies are measured under the identities of the experts that were given: a recipe aligns them again.
+    aligned = {name: Model(id=e.id, path=align(base, e, settings.vocabulary).path) for name, e in experts.items()}
     for expert in aligned.values():
         check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
     file = _Effects(base, aligned, rows, out, settings, progress).run()

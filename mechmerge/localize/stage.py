@@ -93,7 +93,8 @@ def localize(
     for behavior in behaviors:
         if behavior.verifier is not None:
             check_verifier(behavior.verifier)
-    expert = align(base, expert, settings.vocabulary)
+    # An aligned copy is measured under the identity of the expert that was given: a recipe aligns it again.
+    expert = Model(id=expert.id, path=align(base, expert, settings.vocabulary).path)
     check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
     if base.id.shards == expert.id.shards:
         raise PairError(f"{expert.id.name} against {base.id.name}", expected="another model than the base", found="equal weights")

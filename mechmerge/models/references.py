@@ -19,6 +19,7 @@ from mechmerge.errors import CheckpointError, InputError, MissingError
 from mechmerge.models.adapters import adapter_digests, is_adapter, materialise
 from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
 from mechmerge.progress import SILENT, Progress
 
@@ -87,6 +88,26 @@ def resolve(reference: str, *, relative_to: Path | None = None, progress: Progre
     return model
 
 
+def check_reference(reference: str, *, relative_to: Path | None = None) -> None:
+    """Checks the form of a reference, and that local parts of it exist, without fetching or reading a model.
+
+    Raises:
+        InputError: not a reference, or nothing at that path.
+    """
+    if _local(reference, relative_to) is not None:
+        return
+    base, plus, adapter = reference.rpartition("+")
+    for part in (base, adapter) if plus else (reference,):
+        if plus and part == base:
+            check_reference(base, relative_to=relative_to)
+        elif part == f"demo:{DEMO}" or _local(part, relative_to) is not None or _HUB.fullmatch(part):
+            continue
+        else:
+            raise InputError(
+                f"model reference {part!r}", expected=f"a folder, owner/name[@revision] or demo:{DEMO}", found="nothing there"
+            )
+
+
 def _local(text: str, relative_to: Path | None) -> Path | None:
     if not text:
         raise InputError("model reference", expected="a path, owner/name[@revision] or demo:NAME", found="an empty text")
@@ -140,7 +161,8 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
     """
     candidates = [path for name, path in (given or {}).items() if name in (model_id.name, model_id.digest)]
     record = cache_folder() / "known" / f"{model_id.digest}.json"
-    if record.exists():
+    # A folder that the user named is never replaced silently by another one.
+    if not candidates and record.exists():
         candidates.append(Path(json.loads(record.read_text("utf-8"))["path"]))
     for path in candidates:
         if path.is_dir() and Checkpoint(path).digests() == model_id.shards:

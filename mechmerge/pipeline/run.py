@@ -11,18 +11,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mechmerge.artifacts import Document, lock, read_document, write_json, write_yaml
+from mechmerge.artifacts import Document, lock, read_document, sha256_file, write_json, write_yaml
 from mechmerge.behaviors.schema import Behavior, load_group
-from mechmerge.errors import InputError
-from mechmerge.models.references import Model, resolve
+from mechmerge.evaluate.gate import GateResult, check_gate
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation
+from mechmerge.evaluate.run import evaluate
+from mechmerge.evaluate.suites import load_suite
+from mechmerge.models.references import Model, ModelId, check_reference, resolve
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
+from mechmerge.recipe.compile import compile_recipe
+from mechmerge.recipe.schema import read_recipe, write_recipe
+from mechmerge.recipe.sources import read_sources
 from mechmerge.versions import versions
 
 
@@ -37,12 +42,16 @@ class RunRecord(Document):
     versions: dict[str, str]
 
 
+D = TypeVar("D", bound=Document)
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run ended with."""
 
     run: Path
-    gate_passed: bool
+    evaluation: Evaluation
+    gate: GateResult
     worked: tuple[str, ...]
     """Stages that did work in this call; empty when everything was there."""
 
@@ -53,12 +62,22 @@ def load_pipeline(path: Path) -> Pipeline:
     Raises:
         SchemaError, InputError: naming file, place, expected and found.
     """
-    from mechmerge.evaluate.suites import load_suite
-
     pipeline = read_document(Pipeline, path)
     _behaviors(pipeline, path.parent)
     for suite in pipeline.evaluate.suites:
         load_suite(_near(suite, path.parent))
+    return pipeline
+
+
+def check_pipeline(path: Path) -> Pipeline:
+    """Checks a pipeline file without fetching or reading any model: the schema, behaviours, suites and the form of references.
+
+    Raises:
+        SchemaError, InputError: naming file, place, expected and found.
+    """
+    pipeline = load_pipeline(path)
+    for reference in (pipeline.base, *pipeline.experts.values()):
+        check_reference(_pinned(reference, pipeline.revision, path.parent), relative_to=path.parent)
     return pipeline
 
 
@@ -68,7 +87,15 @@ def _near(name: str, folder: Path) -> str:
 
 
 def _behaviors(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Behavior, ...]]:
-    return {name: load_group(_near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
+    groups = {name: load_group(_near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
+    return {name: tuple(_templated(member, pipeline) for member in members) for name, members in groups.items()}
+
+
+def _templated(document: D, pipeline: Pipeline) -> D:
+    """A behaviour or suite with the pipeline's chat template in the place of `model`."""
+    if pipeline.chat_template is None or getattr(document, "chat_template", None) != "model":
+        return document
+    return document.model_copy(update={"chat_template": pipeline.chat_template})
 
 
 def _pinned(reference: str, revision: str | None, folder: Path) -> str:
@@ -78,7 +105,7 @@ def _pinned(reference: str, revision: str | None, folder: Path) -> str:
     return f"{first}@{revision}{plus}{rest}" if revision and is_hub else reference
 
 
-def run_pipeline(path: Path, run: Path, progress: Progress = SILENT) -> RunResult:
+def run_pipeline(path: Path, run: Path, progress: Progress = SILENT, device: str = "cpu") -> RunResult:
     """Carries out a pipeline into the folder `run`; calling it again goes on where it stopped.
 
     Raises:
@@ -103,8 +130,8 @@ def run_pipeline(path: Path, run: Path, progress: Progress = SILENT) -> RunResul
         )
         state = RunState(run, progress)
         write_yaml(run / "run.yaml", record)
-        passed = _Run(record, behaviors, folder, run, state, progress).all()
-    return RunResult(run, passed, tuple(state.worked))
+        evaluation, gate = _Run(record, behaviors, folder, run, state, progress, device).all()
+    return RunResult(run, evaluation, gate, tuple(state.worked))
 
 
 class _Run:
@@ -118,7 +145,9 @@ class _Run:
         run: Path,
         state: RunState,
         progress: Progress,
+        device: str,
     ) -> None:
+        self.device = device
         self.record, self.plan, self.behaviors = record, record.pipeline, behaviors
         self.folder, self.run, self.state, self.progress = folder, run, state, progress
         self.base, self.experts = record.base, record.experts
@@ -130,15 +159,15 @@ class _Run:
             "versions": record.versions,
         }
 
-    def all(self) -> bool:
+    def all(self) -> tuple[Evaluation, GateResult]:
         self._localize()
         self._effects()
         self._recipes()
         self._merge()
         evaluation = self._evaluate()
-        passed = self._gate(evaluation)
+        gate = self._gate(evaluation)
         self._report()
-        return passed
+        return evaluation, gate
 
     # ----------------------------------------------------------------------------------------------------------- measuring
     def _localize(self) -> None:
@@ -146,6 +175,7 @@ class _Run:
 
         settings = LocalizeSettings(
             **self.plan.localize.model_dump(),
+            device=self.device,
             seed=self.plan.seed,
             vocabulary=self.plan.vocabulary,
             positions=self.plan.positions,
@@ -174,6 +204,7 @@ class _Run:
 
         settings = EffectSettings(
             **self.plan.effects.model_dump(),
+            device=self.device,
             seed=self.plan.seed,
             vocabulary=self.plan.vocabulary,
             positions=self.plan.positions,
@@ -199,8 +230,6 @@ class _Run:
         return self.run / "recipes" / name / "recipe.yaml"
 
     def _recipes(self) -> None:
-        from mechmerge.artifacts import sha256_file
-
         measured = {str(p.relative_to(self.run)): sha256_file(p) for p in [*self._scores(), self.run / "effects.safetensors"]}
         for name, plan in self.plan.recipes.items():
             like = self._recipe(plan.like) if plan.like else None
@@ -214,24 +243,95 @@ class _Run:
             self.state.stage(f"recipe-{name}", inputs, [folder], lambda name=name, plan=plan: self._compile(name, plan))  # type: ignore[misc]
 
     def _compile(self, name: str, plan: RecipePlan) -> None:
-        raise NotImplementedError
+        sources = read_sources([*self._scores(), self.run / "effects.safetensors"], self._expert_ids())
+        compiled = compile_recipe(
+            plan.policy,
+            sources,
+            parameters=plan.parameters,
+            seed=plan.seed,
+            like=read_recipe(self._recipe(plan.like)) if plan.like else None,
+            out_dtype=self.plan.out_dtype,
+            vocabulary=self.plan.vocabulary,
+            positions=self.plan.positions,
+        )
+        for note in compiled.notes:
+            self.progress.note(f"note: recipe {name}: {note}")
+        write_recipe(self._recipe(name), compiled.recipe, compiled.masks)
+
+    def _expert_ids(self) -> dict[str, ModelId]:
+        return {name: model.id for name, model in self.experts.items()}
+
+    def _merged(self, name: str) -> Path:
+        return self.run / "merged" / name
 
     def _merge(self) -> None:
-        raise NotImplementedError
+        from mechmerge.merge.engine import merge
+
+        paths = {"base": self.base.path} | {name: model.path for name, model in self.experts.items()}
+        for name in self.plan.recipes:
+            recipe, out = self._recipe(name), self._merged(name)
+            inputs = {"recipe": sha256_file(recipe), "versions": self.record.versions}
+
+            def work(recipe: Path = recipe, out: Path = out) -> None:
+                shutil.rmtree(out, ignore_errors=True)
+                merge(recipe, out, paths, self.progress)
+
+            self.state.stage(f"merge-{name}", inputs, [out], work)
 
     # ---------------------------------------------------------------------------------------------------------- evaluating
-    def _evaluate(self) -> Any:
-        raise NotImplementedError
+    def _evaluate(self) -> Evaluation:
+        plan, out = self.plan.evaluate, self.run / "evaluation.json"
+        suites = [_templated(load_suite(_near(suite, self.folder), limit=plan.limit), self.plan) for suite in plan.suites]
+        models = {"base": self.base} | self.experts | {name: resolve(str(self._merged(name))) for name in self.plan.recipes}
+        settings = EvaluateSettings(dtype=plan.dtype, batch=plan.batch, device=self.device, seed=self.plan.seed)
+        inputs = {
+            "models": {name: model.id.shards for name, model in models.items()},
+            "suites": [suite.digest for suite in suites],
+            "settings": settings.model_dump(mode="json"),
+            "versions": self.record.versions,
+        }
+        against = ["base", *self.experts]
+        self.state.stage(
+            "evaluate",
+            inputs,
+            [out, self.run / "samples"],
+            lambda: _ignore(evaluate(models, suites, out, settings, self.progress, against=against)),
+        )
+        return read_document(Evaluation, out)
 
-    def _gate(self, evaluation: Any) -> bool:
-        raise NotImplementedError
+    def _gate(self, evaluation: Evaluation) -> GateResult:
+        result = check_gate(evaluation, self.plan.gate, self.plan.publish)
+        write_json(self.run / "gate.json", result)
+        return result
 
     def _report(self) -> None:
-        raise NotImplementedError
+        from mechmerge.publish.card import write_card
+        from mechmerge.report.files import find_run_files
+        from mechmerge.report.summary import write_report
+
+        files = find_run_files(self.run)
+        known = [*files.scores, *files.recipes.values(), self.run / "effects.safetensors", self.run / "evaluation.json"]
+        inputs = {
+            "files": {str(path.relative_to(self.run)): sha256_file(path) for path in [*known, self.run / "gate.json"]},
+            "texts": [self.plan.title, self.plan.notes, self.plan.publish, self.plan.license],
+            "versions": self.record.versions,
+        }
+
+        def work() -> None:
+            write_report(
+                files.scores,
+                files.effects,
+                files.recipes,
+                files.evaluation,
+                self.run,
+                gate=self.run / "gate.json",
+                title=self.plan.title,
+                notes=self.plan.notes,
+            )
+            write_card(self.run, self.plan.publish)
+
+        self.state.stage("report", inputs, [self.run / "report.md", self.run / "figures", self.run / "README.md"], work)
 
 
-def _ignore(_: Any) -> None:
+def _ignore(_: object) -> None:
     """Drops a result where only the file written matters."""
-
-
-__all__ = ["Callable", "InputError", "shutil", "write_json"]

@@ -88,8 +88,12 @@ class Pipeline(Document):
     """Revision of every Hub reference that names none itself; resolved to commits when the pipeline runs."""
     license: str | None = None
     """Licence of the merge, where it cannot be worked out from the parents'."""
+    out_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the merged weights."""
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
+    chat_template: str | None = None
+    """Stands in for `model` in every behaviour and suite (`none` or a Jinja template), where the base has no template of its own."""
     behaviors: dict[str, BehaviorPlan] = Field(min_length=1)
     localize: LocalizePlan = LocalizePlan()
     effects: EffectPlan = EffectPlan()

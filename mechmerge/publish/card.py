@@ -15,11 +15,14 @@ from pathlib import Path
 from mechmerge import __version__
 from mechmerge.artifacts import parse_document, parse_json, read_text, write_text
 from mechmerge.errors import InputError
+from mechmerge.localize.effect_file import read_effects
+from mechmerge.localize.scores import read_scores
 from mechmerge.models.references import ModelId
 from mechmerge.publish.licenses import license_of_merge
+from mechmerge.recipe.schema import Recipe, read_recipe
 from mechmerge.report import tables
 from mechmerge.report.files import RunFiles, find_run_files
-from mechmerge.report.recipes import Recipe, read_recipe_file, recipe_rows
+from mechmerge.report.recipes import recipe_rows, unit_sizes
 from mechmerge.report.summary import LIMITS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -57,21 +60,27 @@ def write_card(run: Path, model: str | None = None, out: Path | None = None, *, 
     files = find_run_files(run)
     name = _chosen(files, model, run)
     path = files.recipes[name]
-    recipe = read_recipe_file(path)
-    parents = [recipe.base, *recipe.experts.values()]
+    recipe, _ = read_recipe(path)
+    parents = parents_of(recipe)
+    hub = hub_ids(parents)
     data = ModelCardData(
         license=license_of_merge(parents, license or files.license),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["merge", "mergekit", "mechmerge"],
-        base_model=hub_ids(parents) or None,
-        **({"base_model_relation": "merge"} if hub_ids(parents) else {}),
+        base_model=hub or None,
+        base_model_relation="merge" if hub else None,
     )
     out = run / "README.md" if out is None else out
     body = "\n".join(_body(files, name, recipe, read_text(path), run, out.parent))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     write_text(out, str(card))
     return out
+
+
+def parents_of(recipe: Recipe) -> list[ModelId]:
+    """Base and experts of a recipe, in order."""
+    return [recipe.base, *(expert.model for expert in recipe.experts.values())]
 
 
 def hub_ids(models: list[ModelId]) -> list[str]:
@@ -84,7 +93,9 @@ def hub_ids(models: list[ModelId]) -> list[str]:
 def _chosen(files: RunFiles, model: str | None, run: Path) -> str:
     known = ", ".join(files.recipes) or "none"
     if model is None:
-        model = files.publish if files.publish else next(iter(files.recipes), None) if len(files.recipes) == 1 else None
+        model = files.publish
+    if model is None and len(files.recipes) == 1:
+        model = next(iter(files.recipes))
     if model is None:
         raise InputError(str(run), expected="one recipe", found=known, fix="pass --model NAME")
     if model not in files.recipes:
@@ -93,28 +104,30 @@ def _chosen(files: RunFiles, model: str | None, run: Path) -> str:
 
 
 def _body(files: RunFiles, name: str, recipe: Recipe, text: str, run: Path, folder: Path) -> list[str]:
-    experts = ", ".join(tables.cell(model.name) for model in recipe.experts.values())
+    experts = ", ".join(tables.cell(expert.model.name) for expert in recipe.experts.values())
     lines = [
         f"# {tables.cell(f'{files.title}: {name}' if files.title else name)}",
         "",
-        f"A merge of {experts} into {tables.cell(recipe.base.name)} made with [mechmerge](https://pypi.org/project/mechmerge/) "
-        f"{__version__} and [mergekit](https://github.com/arcee-ai/mergekit): each expert's delta enters component by component.",
+        f"A merge of {experts} into {tables.cell(recipe.base.name)} made with mechmerge {__version__} and "
+        "[mergekit](https://github.com/arcee-ai/mergekit). Its recipe says how much of each expert's delta enters where.",
         "",
         *([tables.cell(files.notes), ""] if files.notes else []),
         "## Parents",
         "",
-        *tables.models_table(recipe.base, dict(recipe.experts)),
+        *tables.models_table(recipe.base, {key: expert.model for key, expert in recipe.experts.items()}),
         *(line for known, note in NOTES.items() if _names(recipe, known) for line in (note, "")),
     ]
     lines += _evaluation(files, name)
+    sizes = unit_sizes(read_effects(files.effects) if files.effects else None, map(read_scores, files.scores))
     shown = [(file, said) for file, said in FIGURES if (run / "figures" / file).is_file()]
     if shown and folder.resolve() == run.resolve():
-        lines += ["## Where the behaviours lie", "", *(line for file, said in shown for line in (f"![{said}](figures/{file})", ""))]
+        lines += ["## Where the behaviours lie", ""]
+        lines += [line for file, said in shown for line in (f"![{said}](figures/{file})", "")]
     fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall(r"`+", text)), default=0))
     lines += [
         "## Recipe",
         "",
-        *tables.table(*recipe_rows({name: files.recipes[name]})),
+        *tables.table(*recipe_rows({name: files.recipes[name]}, sizes)),
         "The recipe, word for word:",
         "",
         f"{fence}yaml",
@@ -128,7 +141,7 @@ def _body(files: RunFiles, name: str, recipe: Recipe, text: str, run: Path, fold
         "mechmerge merge recipe.yaml OUT   # the recipe above, with its masks file beside it if it names one",
         "```",
         "",
-        "Same bytes on the same machine with the same versions and number of threads; the parents are named by sha256 in the recipe.",
+        "Same bytes on the same machine with the same versions and number of threads. The recipe names the parents by sha256.",
         "",
         "## Limits",
         "",
@@ -139,7 +152,7 @@ def _body(files: RunFiles, name: str, recipe: Recipe, text: str, run: Path, fold
 
 
 def _names(recipe: Recipe, part: str) -> bool:
-    return any(part in model.name.split("+") for model in (recipe.base, *recipe.experts.values()))
+    return any(part in model.name.split("+") for model in parents_of(recipe))
 
 
 def _evaluation(files: RunFiles, name: str) -> list[str]:
@@ -161,5 +174,10 @@ def _evaluation(files: RunFiles, name: str) -> list[str]:
         judged = [rule for rule in result.rules if rule.model == name]
         if judged:
             passed = all(rule.passed for rule in judged)
-            lines += [f"Gate: **{'passed' if passed else 'refused'}**.", "", *(f"- {rule.line}" for rule in judged), ""]
+            lines += [
+                f"Gate: **{'passed' if passed else 'refused'}**.",
+                "",
+                *(f"- {tables.cell(rule.line)}" for rule in judged),
+                "",
+            ]
     return lines

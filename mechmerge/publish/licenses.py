@@ -1,7 +1,7 @@
 """Licences of known parents: enough to work out that of a merge when all parents agree, and nothing beyond that.
 
-Read off the model cards on the Hub (November 2026). A parent that is not in the table, an adapter or a local folder, has no known
-licence: the user must name one. A licence is never guessed.
+The table holds the demo's family alone (SmolLM2, released under Apache-2.0 throughout). Any other parent, an adapter or a local
+folder has no known licence: the user or the pipeline file must name one. A licence is never guessed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from mechmerge.models.references import ModelId
 KNOWN = {
     r"demo:smollm2-135m-instruct": "apache-2.0",
     r"HuggingFaceTB/SmolLM2-(135M|360M|1\.7B)(-Instruct)?": "apache-2.0",
-    r"Qwen/Qwen2\.5-(0\.5B|1\.5B|7B|14B|32B)(-Instruct)?": "apache-2.0",
-    r"Qwen/Qwen2\.5-Coder-(0\.5B|1\.5B|7B|14B|32B)(-Instruct)?": "apache-2.0",
 }
 """Pattern of a model's whole name → its licence, as the Hub writes it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mechmerge.artifacts import parse_yaml, read_text
 from mechmerge.errors import InputError
@@ -43,22 +43,25 @@ def find_run_files(run: Path) -> RunFiles:
         recipes.setdefault("merged", run / "recipe.yaml")
     pipeline = _pipeline(run / "run.yaml")
     # The pipeline's own order says more than the alphabet.
-    order = list(pipeline.get("recipes") or [])
-    recipes = dict(sorted(recipes.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
+    order = {name: place for place, name in enumerate(pipeline.get("recipes") or ())}
+    recipes = dict(sorted(recipes.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
     found = RunFiles(
         scores=tuple(sorted(run.glob("scores/*/*.safetensors"))),
         effects=_if_there(run / "effects.safetensors"),
         recipes=recipes,
         evaluation=_if_there(run / "evaluation.json"),
         gate=_if_there(run / "gate.json"),
-        title=str(pipeline.get("title") or ""),
-        notes=str(pipeline.get("notes") or ""),
-        publish=pipeline.get("publish") if isinstance(pipeline.get("publish"), str) else None,
-        license=pipeline.get("license") if isinstance(pipeline.get("license"), str) else None,
+        title=_text(pipeline, "title") or "",
+        notes=_text(pipeline, "notes") or "",
+        publish=_text(pipeline, "publish"),
+        license=_text(pipeline, "license"),
     )
     if not (found.scores or found.effects or found.recipes or found.evaluation):
         raise InputError(
-            str(run), expected="scores/, effects.safetensors, recipes/ or evaluation.json", found="none of them", fix="name RUN itself"
+            str(run),
+            expected="scores/, effects.safetensors, recipes/ or evaluation.json",
+            found="none of them",
+            fix="name RUN itself",
         )
     return found
 
@@ -67,7 +70,12 @@ def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _pipeline(path: Path) -> Mapping[str, object]:
+def _text(pipeline: Mapping[str, Any], key: str) -> str | None:
+    value = pipeline.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _pipeline(path: Path) -> Mapping[str, Any]:
     """The resolved pipeline inside run.yaml; its schema belongs to a layer above this one."""
     if not path.is_file():
         return {}

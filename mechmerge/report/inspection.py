@@ -11,8 +11,9 @@ from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import read_effects
 from mechmerge.localize.scores import read_scores
 from mechmerge.models.components import UNIT_KINDS
+from mechmerge.recipe.schema import read_recipe
 from mechmerge.report import tables
-from mechmerge.report.recipes import read_recipe_file, recipe_rows
+from mechmerge.report.recipes import predicted_rows, recipe_rows
 from mechmerge.report.style import caveat
 
 TOP = 12
@@ -115,7 +116,12 @@ def _scores(path: Path) -> Inspection:
     )
     rankings = {
         title: [
-            {"component": r.name, "weight patching": _number(r.patched), "±": _number(r.stderr), "first-order": _number(r.screen)}
+            {
+                "component": r.name,
+                "weight patching": _number(r.patched),
+                "±": _number(r.stderr),
+                "first-order": _number(r.screen),
+            }
             for r in tables.top_components(file, kinds, TOP)
         ]
         for title, kinds in (("heads, kv groups, neurons", UNIT_KINDS), ("modules", ("attention", "mlp")))
@@ -135,19 +141,30 @@ def _effects(path: Path) -> Inspection:
         dtype=meta.dtype,
         seed=meta.seed,
     )
-    shown = {"effects": facts, "behaviours": _parsed(tables.losses_rows(file)), "sums of effects": _parsed(tables.effects_rows(file))}
+    shown = {
+        "effects": facts,
+        "behaviours": _parsed(tables.losses_rows(file)),
+        "sums of effects": _parsed(tables.effects_rows(file)),
+    }
     return Inspection("effects", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 
 
 def _recipe(path: Path) -> Inspection:
-    recipe = read_recipe_file(path)
+    recipe, masks = read_recipe(path)
     facts = _facts(
         base=f"{recipe.base.name} ({recipe.base.digest[:12]})",
-        **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in recipe.experts.items()},
+        **{f"expert_{name}": f"{entry.model.name} ({entry.model.digest[:12]})" for name, entry in recipe.experts.items()},
+        mergekit_method=recipe.mergekit.method if recipe.mergekit else None,
+        masks=f"{recipe.masks.file} ({recipe.masks.sha256[:12]})" if recipe.masks else None,
+        out_dtype=recipe.out_dtype,
+        made_from=", ".join(f"{source.file} ({source.sha256[:12]})" for source in recipe.provenance),
     )
-    return Inspection(
-        "recipe", recipe.model_dump(mode="json"), {}, {"recipe": facts, "shares": _parsed(recipe_rows({path.parent.name: path}))}
-    )
+    shown = {"recipe": facts, "shares": _parsed(recipe_rows({path.parent.name: path}))}
+    if recipe.predicted:
+        shown["predicted change of loss"] = _parsed(predicted_rows({path.parent.name: path}))
+    if recipe.rules:
+        shown["rules"] = [rule.model_dump(mode="json") for rule in recipe.rules]
+    return Inspection("recipe", recipe.model_dump(mode="json"), _shapes(masks), shown)
 
 
 def _evaluation(path: Path, value: Mapping[str, Any]) -> Inspection:

@@ -6,7 +6,7 @@ not above 0, its figures and tables say that they are not a recovery.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mechmerge.artifacts import parse_document, parse_json, read_text, write_text
@@ -16,7 +16,7 @@ from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
 from mechmerge.report import figures, tables
-from mechmerge.report.recipes import recipe_rows
+from mechmerge.report.recipes import predicted_rows, recipe_rows, unit_sizes
 from mechmerge.report.style import caveat, short_name
 from mechmerge.versions import versions
 
@@ -72,7 +72,7 @@ def write_report(
         lines += ["## Models", "", *tables.models_table(base, experts)]
     # The result first: what a merge does is decided by its evaluation.
     lines += _evaluation_section(evaluation, gate)
-    lines += _recipe_section(recipes)
+    lines += recipe_section(recipes, unit_sizes(matrix, files.values()))
     lines += _effect_section(matrix, out)
     lines += _score_section(files, out)
     lines += ["## Limits", "", *(f"- {limit}" for limit in LIMITS), ""]
@@ -126,16 +126,29 @@ def _evaluation_section(evaluation: Path | None, gate: Path | None) -> list[str]
     lines = ["## Evaluation", "", markdown_table(record).strip(), ""]
     if gate is not None:
         result = parse_document(GateResult, parse_json(read_text(gate), str(gate)), str(gate))
-        lines += [f"Gate: **{'passed' if result.passed else 'refused'}**.", "", *(f"- {rule.line}" for rule in result.rules), ""]
+        lines += [
+            f"Gate: **{'passed' if result.passed else 'refused'}**.",
+            "",
+            *(f"- {tables.cell(rule.line)}" for rule in result.rules),
+            "",
+        ]
     return lines
 
 
-def _recipe_section(recipes: dict[str, Path]) -> list[str]:
+def recipe_section(recipes: dict[str, Path], sizes: Mapping[str, int]) -> list[str]:
+    """Lines of the section on recipes: shares, and what the recipes predict of the loss."""
     if not recipes:
         return []
-    header, rows = recipe_rows(recipes)
-    said = "Shares are of each expert's head, KV group and neuron parameters; a default covers everything that no rule names."
-    return ["## Recipes", "", said, "", *tables.table(header, rows)]
+    said = (
+        "*In*: share of an expert's units whose coefficient is not 0, and the same by their parameters; the default "
+        "covers everything that no rule and no mask names."
+    )
+    lines = ["## Recipes", "", said, "", *tables.table(*recipe_rows(recipes, sizes))]
+    header, rows = predicted_rows(recipes)
+    if rows:
+        lines += ["Predicted change of loss against the base (nats per answer token; negative is better):", ""]
+        lines += tables.table(header, rows)
+    return lines
 
 
 def _effect_section(matrix: EffectFile | None, out: Path) -> list[str]:
@@ -146,9 +159,9 @@ def _effect_section(matrix: EffectFile | None, out: Path) -> list[str]:
     return [
         "## Effects",
         "",
-        f"What each component of each expert does to each behaviour along {meta.path}: its share of the drop in loss, in nats per "
-        f"answer token (positive helps), from {len(meta.nodes)} gradient points. The completeness error says how far the shares "
-        "miss the whole drop.",
+        f"What each component of each expert does to each behaviour along {meta.path}: its share of the drop in loss, in nats "
+        f"per answer token (positive helps), from {len(meta.nodes)} gradient points. The completeness error says how far the "
+        "shares miss the whole drop.",
         "",
         *tables.table(*tables.losses_rows(matrix)),
         *tables.table(*tables.effects_rows(matrix)),
@@ -161,7 +174,8 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     if not files:
         return []
     lines = ["## Where the behaviours lie", "", "### Anchors", "", *tables.anchors_table(files)]
-    modules = {label: file for label, file in files.items() if {"attention.sufficiency", "mlp.sufficiency"} <= file.arrays.keys()}
+    wanted = {"attention.sufficiency", "mlp.sufficiency"}
+    modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     if modules:
         figures.module_map(modules, out / "figures" / "modules.png")
         lines += [
@@ -170,7 +184,7 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
             "Share of the positive weight-patching scores in each third of the model (components after the anchor have none):",
             "",
             *tables.depth_table(modules),
-            "![Attention and MLP by layer](figures/modules.png)",
+            f"![{_modules_caption(modules)}](figures/modules.png)",
             "",
         ]
     stems: set[str] = set()
@@ -183,6 +197,11 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     return lines
 
 
+def _modules_caption(modules: dict[str, ScoreFile]) -> str:
+    doubtful = [tables.cell(label) for label, file in modules.items() if caveat(file.metadata)]
+    return "Attention and MLP by layer" + (f"; ⚠ not a recovery: {', '.join(doubtful)}" if doubtful else "")
+
+
 def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> list[str]:
     meta = file.metadata
     lines = [f"### {tables.cell(label)}", ""]
@@ -190,13 +209,14 @@ def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> l
     if caveat(meta):
         lines += [f"> **{warning}**", ""]
     patched = ", ".join(f"{count} {kind}" for kind, count in meta.verified.items() if count)
-    lines += [f"Expert {tables.cell(meta.expert.name)}, {meta.anchor.held_out} held-out prompts; really patched: {patched}.", ""]
+    who = f"Expert {tables.cell(meta.expert.name)}, {meta.anchor.held_out} held-out prompts"
+    lines += [f"{who}; really patched: {patched or 'nothing'}.", ""]
     for kinds, what in ((UNIT_KINDS, "Heads, KV groups and neurons"), (("attention", "mlp"), "Modules")):
         ranked = tables.top_components(file, kinds, TOP)
         if ranked:
             lines += [f"{what}, the top {len(ranked)}:", "", *tables.components_table(ranked)]
-    for name, wanted, draw in (("heads", "head.screen", figures.head_map), ("neurons", "neuron.screen", figures.neuron_density)):
-        if wanted in file.arrays:
+    for name, kind, draw in (("heads", "head", figures.head_map), ("neurons", "neuron", figures.neuron_density)):
+        if f"{kind}.screen" in file.arrays:
             draw(file, folder / f"{stem}-{name}.png")
             said = f"{tables.cell(label)}: {name} by layer{'; ' + warning if caveat(meta) else ''}"
             lines += [f"![{said}](figures/{stem}-{name}.png)", ""]

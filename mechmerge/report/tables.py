@@ -12,7 +12,7 @@ from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS, Component
 from mechmerge.models.references import ModelId
-from mechmerge.report.style import Array, signed
+from mechmerge.report.style import Array, caveat, signed
 
 DEPTHS = ("first third", "middle third", "last third")
 """Parts of the whole model, by layer."""
@@ -141,7 +141,8 @@ def depth_table(scores: dict[str, ScoreFile]) -> list[str]:
     for label, file in scores.items():
         shares = depth_shares(file)
         if shares is not None:
-            rows.append((label, *(f"{100 * s:.0f} %" for kind in ("attention", "mlp") for s in shares[kind])))
+            marked = f"⚠ {label} (not a recovery)" if caveat(file.metadata) else label
+            rows.append((marked, *(f"{100 * s:.0f} %" for kind in ("attention", "mlp") for s in shares[kind])))
     if not rows:
         return []
     return table(["behaviour", *(f"{kind}, {depth}" for kind in ("attention", "mlp") for depth in DEPTHS)], rows)
@@ -178,8 +179,10 @@ def effects_rows(effects: EffectFile) -> Rows:
         for e, expert in enumerate(effects.metadata.experts):
             sums = {kind: float(effects.arrays[f"{kind}.effect"][b, e].sum()) for kind in kinds}
             rest = sum(value for kind, value in sums.items() if kind not in UNIT_KINDS)
-            units = np.concatenate([effects.arrays[f"{k}.effect"][b, e].ravel() for k in UNIT_KINDS if k in sums] or [np.zeros(1)])
+            units = np.concatenate(
+                [np.zeros(0), *(effects.arrays[f"{k}.effect"][b, e].ravel() for k in UNIT_KINDS if k in sums)]
+            )
             by_kind = [signed(sums[kind]) if kind in sums else "–" for kind in UNIT_KINDS]
-            hurt = f"{100 * (units < 0).mean():.0f} %"
+            hurt = f"{100 * (units < 0).mean():.0f} %" if units.size else "–"
             rows.append((behavior.name, expert, signed(sum(sums.values())), *by_kind, signed(rest), hurt))
     return ["on", "of expert", "total", "heads", "kv groups", "neurons", "rest, norms, embeddings", "units that hurt"], rows

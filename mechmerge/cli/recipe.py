@@ -1,0 +1,133 @@
+"""`mechmerge recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mechmerge.cli.common import format_option, make_progress, named, pair_options, quiet_option, show
+from mechmerge.recipe.compile import BASELINES, POLICIES
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--policy", type=click.Choice(POLICIES), required=True, help="How coefficients are chosen.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="recipe.yaml; its masks go beside it."
+)
+@click.option(
+    "--budget", type=click.FloatRange(0, 1, min_open=True), help="top: fraction of each expert's head + kv + neuron parameters."
+)
+@click.option(
+    "--overlap", type=click.Choice(["sum", "share", "winner"]), help="top: what a component that several experts want gets."
+)
+@click.option("--weight", "weights", multiple=True, metavar="[NAME=]W",
+              help="conflict: weight of a behaviour, as NAME=W; baselines: weight of every expert, as W.")  # fmt: skip
+@click.option(
+    "--weighting", type=click.Choice(["own-gain", "equal"]), help="conflict: divide weights by the own expert's gain or not."
+)
+@click.option("--agreement/--no-agreement", default=None, help="conflict: drop only what harms on both halves of the prompts.")
+@click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties: share of every delta that is kept.")
+@click.option(
+    "--like", type=click.Path(path_type=Path, dir_okay=False), help="random, magnitude: the recipe whose shares they copy."
+)
+@click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
+@click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties: seed of what is drawn.")
+@click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--emit", type=click.Choice(["stock", "masked"]), help="Write mergekit YAML too, as mergekit.yaml beside the recipe."
+)
+@click.option("--model", "models", multiple=True, metavar="NAME=FOLDER", help="Where a model lies, for --emit and magnitude.")
+@pair_options
+@quiet_option
+@format_option
+def command(
+    files: tuple[Path, ...],
+    policy: str,
+    out: Path,
+    weights: tuple[str, ...],
+    like: Path | None,
+    seed: int,
+    emit: str | None,
+    models: tuple[str, ...],
+    quiet: bool,
+    output: str,
+    **options: Any,
+) -> None:
+    """Compile score and effect FILES into a merge recipe.
+
+    conflict needs an effect file, top needs score files of every expert; random and magnitude are made like another recipe; the
+    baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
+    """
+    from mechmerge.recipe.compile import compile_recipe, shares
+    from mechmerge.recipe.schema import read_recipe, write_recipe
+    from mechmerge.recipe.sources import read_sources
+
+    folders = {name: Path(folder).expanduser() for name, folder in named(models, "--model").items()}
+    sources = read_sources(files)
+    model = None if like is None else read_recipe(like)
+    common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}
+    compiled = compile_recipe(
+        policy,
+        sources,
+        parameters=_parameters(policy, weights, options),
+        seed=seed,
+        like=model,
+        delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),
+        **common,
+    )
+    progress = make_progress(quiet)
+    for note in compiled.notes:
+        progress.note(note)
+    text = None if emit is None else _emitted(emit, compiled.recipe, compiled.masks, out, folders)
+    recipe = write_recipe(out, compiled.recipe, compiled.masks)
+    if text is not None:
+        from mechmerge.artifacts import write_text
+
+        write_text(out.with_name("mergekit.yaml"), text)
+    show(shares(recipe, compiled.masks, sources.unit_parameters()), output, f"recipe {recipe.policy.name}")
+    if recipe.predicted is not None and output == "table":
+        rows = [{"behavior": name, "predicted change of loss": round(value, 4)} for name, value in recipe.predicted.items()]
+        show(rows, output, "against the base, nats per answer token")
+
+
+def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The policy's parameters from the options that were given; compile_recipe refuses those that belong to other policies."""
+    from mechmerge.errors import InputError
+
+    given = {key: value for key, value in options.items() if value is not None and key != "per_layer"}
+    if options["per_layer"]:
+        given["per_layer"] = True
+    try:
+        if policy in BASELINES:
+            if len(weights) > 1:
+                raise InputError("--weight", expected="one number for a baseline", found=" ".join(weights))
+            return given | ({"weight": float(weights[0])} if weights else {})
+        return given | {f"weight.{name}": float(value) for name, value in named(weights, "--weight").items()}
+    except ValueError:
+        raise InputError("--weight", expected="a number", found=" ".join(weights)) from None
+
+
+def _norms(recipe: Any, name: str, folders: dict[str, Path]) -> Any:
+    """Delta norms of an expert, from the models themselves."""
+    from mechmerge.merge.engine import open_models
+    from mechmerge.models.deltas import delta_norms
+
+    base, experts = open_models(recipe, folders)
+    return delta_norms(base, experts[name])
+
+
+def _emitted(form: str, recipe: Any, masks: Any, out: Path, folders: dict[str, Path]) -> str:
+    from mechmerge.merge.engine import open_models
+    from mechmerge.recipe.coefficients import coefficients
+    from mechmerge.recipe.emit import emit_baseline, emit_masked, emit_stock
+
+    base, experts = open_models(recipe, folders)
+    paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
+    if recipe.mergekit is not None:
+        return emit_baseline(recipe, paths)
+    if form == "masked":
+        return emit_masked(recipe, out.resolve(), paths)
+    return emit_stock(recipe, coefficients(recipe, masks, base.arch), base.layout, base.shapes, paths)

@@ -1,0 +1,57 @@
+"""`mechmerge run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option
+
+
+@click.command()
+@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run directory (needed without --check).")
+@click.option("--check", is_flag=True, help="Only check the file: schema, behaviours, suites and the form of references.")
+@device_option
+@threads_option
+@quiet_option
+def command(pipeline: Path, out: Path | None, check: bool, device: str, threads: int | None, quiet: bool) -> int:
+    """Carry out a PIPELINE file: localize, effects, recipes, merge, evaluate, gate, report and card.
+
+    Every stage that is done already is skipped, so an interrupted run goes on when it is called again. Exit code 3: the gate
+    refused the merge.
+    """
+    from mechmerge.pipeline.run import check_pipeline, run_pipeline
+
+    if check:
+        check_pipeline(pipeline)
+        click.echo(f"{pipeline}: valid")
+        return 0
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
+    set_threads(threads)
+    result = run_pipeline(pipeline, out, make_progress(quiet), device)
+    show_result(result)
+    return 0 if result.gate.passed else 3
+
+
+def show_result(result: object) -> None:
+    """Prints the evaluation's table, what the gate said, and where the report is."""
+    from rich.console import Console
+
+    from mechmerge.evaluate.table import notes, render_table
+    from mechmerge.pipeline.run import RunResult
+
+    assert isinstance(result, RunResult)
+    console = Console()
+    console.print(render_table(result.evaluation))
+    for note in notes(result.evaluation):
+        console.print(note, markup=False, highlight=False)
+    for rule in result.gate.rules:
+        console.print(rule.line, markup=False, highlight=False)
+    console.print("gate: passed" if result.gate.passed else "gate: REFUSED", markup=False, highlight=False)
+    for title, name in (("report", "report.md"), ("heat maps", "figures"), ("model card", "README.md")):
+        console.print(f"{title}: {result.run / name}", markup=False, highlight=False, soft_wrap=True)
+    if not result.worked:
+        console.print("nothing to do: everything was there already", markup=False, highlight=False)

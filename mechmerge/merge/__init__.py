@@ -1,0 +1,1 @@
+"""Merging: a recipe carried out by mergekit's executor, and the written model verified."""

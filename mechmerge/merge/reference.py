@@ -1,0 +1,46 @@
+"""The formula of a recipe, written out plainly: what the executor's tensors are verified and tested against.
+
+    merged = base + Σ over experts, in the recipe's order, of c ⊙ (expert − base)
+
+in float32, with c written element by element, component after component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.components import Component
+from mechmerge.recipe.coefficients import Coefficients
+
+
+def coefficient_tensor(name: str, base: Checkpoint, found: Coefficients, expert: str) -> torch.Tensor:
+    """One expert's coefficient of every element of a tensor, float32, NaN where no component owns it."""
+    result = torch.full(base.shapes[name], float("nan"))
+    for layer, kind, block in base.layout.owners()[name]:
+        for unit in range(block.units):
+            value = found.of(expert, Component(layer, kind, unit))
+            if block.dim is None:
+                result.fill_(value)
+            else:
+                part = block.indices(unit)
+                result.narrow(block.dim, part.start, part.stop - part.start).fill_(value)
+    return result
+
+
+def merged_tensor(name: str, base: Checkpoint, experts: Mapping[str, Checkpoint], found: Coefficients) -> torch.Tensor:
+    """One merged tensor in float32, before it is rounded to the output dtype.
+
+    Args:
+        name: full name of a tensor of the base.
+        base: the base.
+        experts: by name, in the recipe's order.
+        found: the recipe's coefficients.
+    """
+    start = base.tensor(name).float()
+    total = torch.zeros_like(start)
+    for expert, checkpoint in experts.items():
+        total = total + coefficient_tensor(name, base, found, expert) * (checkpoint.tensor(name).float() - start)
+    return start + total

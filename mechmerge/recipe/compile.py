@@ -1,0 +1,238 @@
+"""From measured files and the name of a policy to a recipe: the one way in for the CLI and for pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from mechmerge.errors import InputError
+from mechmerge.models.components import UNIT_KINDS
+from mechmerge.models.pair import PositionRule, VocabularyRule
+from mechmerge.recipe.controls import magnitude_like, random_like
+from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, top
+from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
+from mechmerge.recipe.sources import Sources
+
+CONTROLS = ("random", "magnitude")
+BASELINES: dict[str, str] = {"task-arithmetic": "task_arithmetic", "linear": "linear", "ties": "ties", "dare-ties": "dare_ties"}
+"""Our names of mergekit's methods."""
+POLICIES: tuple[str, ...] = ("conflict", "top", *CONTROLS, *BASELINES)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A recipe with its masks, not written yet."""
+
+    recipe: Recipe
+    masks: Masks
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it was made."""
+
+
+Like = tuple[Recipe, Masks]
+Norms = Callable[[str], Mapping[str, Array]]
+"""Delta norms by kind [layers, units] of an expert that no score file tells of."""
+
+
+def compile_recipe(
+    policy: str,
+    sources: Sources,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    like: Like | None = None,
+    delta_norms: Norms | None = None,
+    out_dtype: OutDtype = "bfloat16",
+    vocabulary: VocabularyRule = "same",
+    positions: PositionRule = "same",
+) -> Compiled:
+    """Applies a policy.
+
+    Args:
+        policy: one of `POLICIES`.
+        sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
+        parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `top`: budget,
+            overlap; `random`, `magnitude`: per_layer; baselines: weight, and density for `ties` and `dare-ties`.
+        seed: of `random` and `dare-ties`.
+        like: for the controls, the recipe whose shares they copy, with its masks.
+        delta_norms: called by `magnitude` for experts without score files.
+
+    Raises:
+        InputError: no such policy or parameter, a value out of range, or a file that the policy needs is missing.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"policy {policy!r}", expected=f"one of {', '.join(POLICIES)}", found="none of them")
+    given = dict(parameters or {})
+    common: dict[str, Any] = {"out_dtype": out_dtype, "vocabulary": vocabulary, "positions": positions}
+    if policy in BASELINES:
+        return Compiled(_baseline(policy, sources, given, seed, common), {})
+    if (policy in CONTROLS) != (like is not None):
+        raise InputError(f"policy {policy}", expected="another recipe to be like" if like is None else "no recipe to be like",
+                         found="none" if like is None else "one", fix="--like belongs to random and magnitude")  # fmt: skip
+    if like is not None:
+        return _control(policy, sources, given, seed, like, delta_norms, common)
+    settings = _conflict_settings(given) if policy == "conflict" else given
+    choice = _call(policy, conflict if policy == "conflict" else top, _measured(policy, sources), settings)
+    experts = {name: RecipeExpert(model=model, default=choice.defaults[name]) for name, model in sources.experts.items()}
+    recipe = Recipe(
+        base=sources.base,
+        experts=experts,
+        policy=Policy(name=policy, parameters=given),
+        predicted=choice.predicted,
+        provenance=sources.provenance,
+        **common,
+    )
+    return Compiled(recipe, choice.masks, choice.notes)
+
+
+def _measured(policy: str, sources: Sources) -> Any:
+    if policy == "conflict":
+        if sources.effects is None:
+            raise InputError(
+                "policy conflict", expected="an effect file", found="none", fix="make one with `mechmerge effects`"
+            )
+        missing = sources.experts.keys() - sources.effects.metadata.experts.keys()
+        if missing:
+            raise InputError(
+                "policy conflict", expected=f"effects of {', '.join(sorted(missing))}", found="none in the effect file"
+            )
+        return sources.effects
+    missing = sources.experts.keys() - sources.scores.keys()
+    if missing:
+        raise InputError(
+            "policy top", expected=f"score files of {', '.join(sorted(missing))}", found="none", fix="run `mechmerge localize`"
+        )
+    return sources.scores
+
+
+def _conflict_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`weight.NAME` entries become one mapping."""
+    settings = {key: value for key, value in given.items() if not key.startswith("weight.")}
+    weights = {key.removeprefix("weight."): value for key, value in given.items() if key.startswith("weight.")}
+    return settings | ({"weights": weights} if weights else {})
+
+
+CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting)}
+
+
+def _call(policy: str, function: Callable[..., Choice], measured: Any, settings: Mapping[str, Any]) -> Choice:
+    accepted = list(inspect.signature(function).parameters)[1:]
+    _known(policy, settings, accepted)
+    for name, choices in CHOICES.items():
+        if name in settings and settings[name] not in choices:
+            raise InputError(f"policy {policy}: {name}", expected=f"one of {', '.join(choices)}", found=repr(settings[name]))
+    if policy == "top":
+        _number(policy, "budget", settings.get("budget"), 0, 1)
+    return function(measured, **settings)
+
+
+def _known(policy: str, settings: Mapping[str, Any], accepted: list[str]) -> None:
+    for name in settings:
+        if name not in accepted:
+            raise InputError(f"policy {policy}: parameter {name!r}", expected=f"one of {', '.join(accepted) or 'none'}")
+
+
+def _number(policy: str, name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(f"policy {policy}: {name}", expected=f"a number from {low:g} to {high:g}", found=repr(value))
+    return float(value)
+
+
+def _baseline(policy: str, sources: Sources, given: dict[str, Any], seed: int, common: dict[str, Any]) -> Recipe:
+    sparse = policy in ("ties", "dare-ties")
+    settings: dict[str, Scalar] = {"weight": 1.0} | ({"density": 0.5} if sparse else {}) | given
+    _known(policy, settings, ["weight", "density"] if sparse else ["weight"])
+    weight = _number(policy, "weight", settings["weight"], -100, 100)
+    each: dict[str, dict[str, Scalar]] = {}
+    if sparse:
+        density = _number(policy, "density", settings["density"], 0, 1)
+        each = {name: {"density": density} for name in sources.experts}
+    # TIES divides by the weights of the experts that agree (the paper's disjoint mean); the plain sums must not be divided.
+    whole: dict[str, Scalar] = {"normalize": policy in ("linear", "ties")}
+    return Recipe(
+        base=sources.base,
+        experts={name: RecipeExpert(model=model, default=weight) for name, model in sources.experts.items()},
+        policy=Policy(name=policy, parameters=settings, seed=seed if policy == "dare-ties" else None),
+        mergekit=MergekitMethod(method=BASELINES[policy], parameters=whole, expert_parameters=each),  # type: ignore[arg-type]
+        provenance=sources.provenance,
+        **common,
+    )
+
+
+def _control(
+    policy: str,
+    sources: Sources,
+    given: dict[str, Any],
+    seed: int,
+    like: Like,
+    delta_norms: Norms | None,
+    common: dict[str, Any],
+) -> Compiled:
+    model, masks = like
+    _known(policy, given, ["per_layer"])
+    if not masks or model.rules:
+        raise InputError(
+            f"policy {policy}", expected="a recipe of masks to be like", found=f"one of rules ({model.policy.name})"
+        )
+    if model.base.digest != sources.base.digest:
+        raise InputError(f"policy {policy}", expected=f"a recipe of the base {sources.base.name}", found=model.base.name)
+    per_layer = bool(given.get("per_layer", False))
+    if policy == "random":
+        drawn = random_like(masks, seed, per_layer)
+    else:
+        drawn = magnitude_like(masks, _norms(model, masks, sources, delta_norms), per_layer)
+    name = f"{policy} like {model.policy.name}"
+    recipe = model.model_copy(
+        update={
+            "policy": Policy(name=name, parameters=given, seed=seed if policy == "random" else None),
+            "masks": None,
+            "predicted": _predicted(sources, model, drawn),
+            "provenance": sources.provenance,
+            **common,
+        }
+    )
+    return Compiled(recipe, drawn)
+
+
+def _predicted(sources: Sources, model: Recipe, masks: Masks) -> dict[str, float] | None:
+    if sources.effects is None or sources.effects.metadata.experts.keys() != model.experts.keys():
+        return None
+    return predicted_change(sources.effects, {name: e.default for name, e in model.experts.items()}, masks)
+
+
+def _norms(model: Recipe, masks: Masks, sources: Sources, compute: Norms | None) -> dict[str, Array]:
+    by_digest = {identity.digest: name for name, identity in sources.experts.items()}
+    known = sources.delta_norms()
+    found: dict[str, Array] = {}
+    for name, expert in model.experts.items():
+        theirs = by_digest.get(expert.model.digest, name)
+        for kind in UNIT_KINDS:
+            if f"{theirs}.{kind}" in known:
+                found[f"{name}.{kind}"] = known[f"{theirs}.{kind}"]
+        if compute is not None and any(m.startswith(f"{name}.") and m not in found for m in masks):
+            found |= {f"{name}.{kind}": norms for kind, norms in compute(name).items()}
+    return found
+
+
+def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
+
+    Shares are mean coefficients (so 1/k counts as 1/k), in percent; `all` weighs the kinds by their parameters.
+    """
+    rows = []
+    for name, expert in recipe.experts.items():
+        row: dict[str, Any] = {"expert": name, "everything else": f"{expert.default:g}"}
+        parts, sizes = [], []
+        for kind in UNIT_KINDS:
+            mask = masks.get(f"{name}.{kind}")
+            share = float(expert.default if mask is None else mask.mean(dtype=np.float64))
+            row[kind] = f"{100 * share:.1f} %"
+            parts.append(share)
+            sizes.append((mask.size if mask is not None else 0) * unit_parameters.get(kind, 0))
+        row["head + kv + neuron"] = f"{100 * float(np.average(parts, weights=sizes)):.1f} %" if sum(sizes) else row["head"]
+        rows.append(row)
+    return rows

@@ -1,0 +1,206 @@
+"""Policies: from effect and score files to a coefficient for every head, KV group and neuron of every expert.
+
+`conflict`: task arithmetic (Ilharco et al., https://arxiv.org/abs/2212.04089) without the parts that do harm. Effects along the
+    path from the base to the sum are integrated gradients (Sundararajan et al., https://arxiv.org/abs/1703.01365) of the
+    components' deltas. New here: a component's verdict is its effect summed over all behaviours, each divided by
+    its own expert's gain, and it must hold on both halves of the calibration prompts.
+`top`: the best share of each expert by its localization score ("Weight Patching", arXiv 2604.13694, ranks components so), where
+    DARE keeps a random share (https://arxiv.org/abs/2311.03099) and TIES the largest (https://arxiv.org/abs/2306.01708).
+
+Both are pure: the same files give the same coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mechmerge.errors import InputError, SchemaError
+from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile
+from mechmerge.localize.scores import ScoreFile
+from mechmerge.models.components import UNIT_KINDS
+from mechmerge.recipe.schema import Array, Masks
+
+Weighting = Literal["own-gain", "equal"]
+Overlap = Literal["sum", "share", "winner"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a policy decided."""
+
+    defaults: dict[str, float]
+    """Coefficient of everything of an expert that no mask covers."""
+    masks: Masks
+    """`<expert>.<kind>` → float32 [layers, units]."""
+    predicted: dict[str, float] | None = None
+    """Predicted change of loss against the base by behaviour, nats per answer token (negative is better)."""
+    notes: tuple[str, ...] = field(default=())
+    """What a user should know of how the files were used."""
+
+
+def behavior_weights(
+    behaviors: Sequence[BehaviorEffect], weights: Mapping[str, float] | None = None, weighting: Weighting = "own-gain"
+) -> Array:
+    """float64 [behaviours]: the user's weight, divided by the own expert's gain under `own-gain`.
+
+    Args:
+        behaviors: rows of the effect file.
+        weights: weights by name, in the place of those in the file.
+        weighting: `own-gain` makes a nat count by how much the behaviour had to win; `equal` counts nats as they are.
+
+    Raises:
+        InputError: a weight for a behaviour that is not there, one that is not positive, or an expert that gains nothing.
+    """
+    given = dict(weights or {})
+    if unknown := given.keys() - {b.name for b in behaviors}:
+        known = ", ".join(b.name for b in behaviors)
+        raise InputError("weights", expected=f"behaviours among {known}", found=", ".join(sorted(unknown)))
+    result = []
+    for behavior in behaviors:
+        weight = float(given.get(behavior.name, behavior.weight))
+        if not (np.isfinite(weight) and weight > 0):
+            raise InputError(f"weight of {behavior.name}", expected="a positive number", found=str(weight))
+        if weighting == "own-gain":
+            if behavior.own_gain <= 0:
+                raise InputError(
+                    f"behaviour {behavior.name}",
+                    expected=f"its own expert {behavior.expert} to lower its loss",
+                    found=f"a gain of {behavior.own_gain:.3f} nats per token",
+                    fix="leave the behaviour out, or use --weighting equal",
+                )
+            weight /= behavior.own_gain
+        result.append(weight)
+    return np.array(result)
+
+
+def conflict(
+    effects: EffectFile,
+    weights: Mapping[str, float] | None = None,
+    agreement: bool = True,
+    weighting: Weighting = "own-gain",
+) -> Choice:
+    """All deltas at coefficient 1, except heads, KV groups and neurons that harm the behaviours taken together, at 0.
+
+    Args:
+        effects: effects along the path from the base to the sum.
+        weights: weights by behaviour, in the place of those in the file.
+        agreement: drop only what is harmful on both halves of the calibration prompts (else: on their mean).
+        weighting: see `behavior_weights`.
+
+    Raises:
+        SchemaError: the file holds no effects of a kind, or no halves although agreement is asked for.
+        InputError: see `behavior_weights`.
+    """
+    metadata = effects.metadata
+    w = behavior_weights(metadata.behaviors, weights, weighting)
+    masks: Masks = {}
+    for kind in UNIT_KINDS:
+        measure = f"{kind}.half" if agreement else f"{kind}.effect"
+        if measure not in effects.arrays:
+            raise SchemaError("effect file", expected=f"a tensor {measure}", found="none", fix="measure the effects again")
+        values = effects.arrays[measure].astype(np.float64)
+        total = np.tensordot(w, values, axes=(0, 1 if agreement else 0))
+        harmful: Array = np.all(total < 0, axis=0) if agreement else np.less(total, 0)
+        for i, expert in enumerate(metadata.experts):
+            masks[f"{expert}.{kind}"] = np.where(harmful[i], 0, 1).astype(np.float32)
+    defaults = dict.fromkeys(metadata.experts, 1.0)
+    return Choice(defaults, masks, predicted_change(effects, defaults, masks))
+
+
+def predicted_change(effects: EffectFile, defaults: Mapping[str, float], masks: Masks) -> dict[str, float]:
+    """Change of each behaviour's loss that the effects predict: −Σ coefficient × effect, nats per answer token.
+
+    It is exact (up to the completeness error) at coefficient 1 everywhere, and linear in between, which the loss is not.
+    """
+    gains = np.zeros(len(effects.metadata.behaviors))
+    for kind in EFFECT_KINDS:
+        values = effects.arrays.get(f"{kind}.effect")
+        if values is None:
+            continue
+        for i, expert in enumerate(effects.metadata.experts):
+            coefficient = masks.get(f"{expert}.{kind}", np.float32(defaults[expert]))
+            gains += (values[:, i].astype(np.float64) * coefficient).sum(axis=(-2, -1))
+    return {b.name: float(round(-gain, 6)) for b, gain in zip(effects.metadata.behaviors, gains, strict=True)}
+
+
+def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overlap = "sum") -> Choice:
+    """Each expert's best heads, KV groups and neurons up to a budget; all else stays the base's, embeddings and norms too.
+
+    Args:
+        scores: each expert's score files; a component's score is its mean over them.
+        budget: fraction of each expert's head + KV + neuron parameters, 0 < budget ≤ 1. Components are taken in the order of
+            their scores and the first that would not fit ends it, so the budget is never exceeded.
+        overlap: what a component chosen for k experts gets: coefficient 1 for each (`sum`), 1/k (`share`), or 1 for the
+            highest score alone (`winner`).
+
+    Components without a score, not above 0, or above the anchor are never taken. Where an expert has both files on the scale
+    of recovery and files of raw differences, the latter are left out, since they cannot be averaged.
+
+    Raises:
+        InputError: a budget outside (0, 1], or an expert without score files.
+    """
+    if not 0 < budget <= 1:
+        raise InputError("budget", expected="a fraction above 0 and at most 1", found=str(budget))
+    notes: list[str] = []
+    tables = {expert: _mean_scores(expert, files, notes) for expert, files in scores.items()}
+    taken = {expert: _best(table, _unit_parameters(scores[expert]), budget) for expert, table in tables.items()}
+    masks: Masks = {}
+    for kind in UNIT_KINDS:
+        chosen = np.stack([taken[expert][kind] for expert in scores])
+        values = chosen.astype(np.float32)
+        if overlap == "share":
+            values /= np.maximum(chosen.sum(axis=0), 1)
+        elif overlap == "winner":
+            ranked = np.where(chosen, np.stack([tables[expert][kind] for expert in scores]), -np.inf)
+            values *= np.arange(len(scores))[:, None, None] == ranked.argmax(axis=0)
+        for i, expert in enumerate(scores):
+            masks[f"{expert}.{kind}"] = values[i]
+    return Choice(dict.fromkeys(scores, 0.0), masks, None, tuple(notes))
+
+
+def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> dict[str, Array]:
+    """kind → float64 [layers, units], −inf where no file has a score."""
+    if not files:
+        raise InputError(f"expert {expert}", expected="at least one score file", found="none")
+    used = [file for file in files if file.metadata.scale == "recovery"] or list(files)
+    if len(used) < len(files):
+        left = ", ".join(file.metadata.behavior for file in files if file not in used)
+        notes.append(f"{expert}: scores of {left} are raw differences and were left out of the mean")
+    result: dict[str, Array] = {}
+    for kind in UNIT_KINDS:
+        stacked = np.stack([file.score(kind).astype(np.float64) for file in used])
+        known = np.isfinite(stacked)
+        total = np.where(known, stacked, 0.0).sum(axis=0)
+        count = known.sum(axis=0)
+        result[kind] = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
+    return result
+
+
+def _unit_parameters(files: Sequence[ScoreFile]) -> dict[str, Array]:
+    """kind → int64 [layers]: parameters of one unit."""
+    found: dict[str, Array] = {}
+    for kind in UNIT_KINDS:
+        if f"{kind}.parameters" not in files[0].arrays:
+            raise SchemaError(
+                f"score file of {files[0].metadata.behavior}", expected=f"a tensor {kind}.parameters", found="none"
+            )
+        found[kind] = files[0].arrays[f"{kind}.parameters"].astype(np.int64)
+    return found
+
+
+def _best(table: dict[str, Array], parameters: dict[str, Array], budget: float) -> dict[str, Array]:
+    """kind → bool [layers, units]: the best components within the budget."""
+    sizes = {kind: np.broadcast_to(parameters[kind][:, None], table[kind].shape) for kind in UNIT_KINDS}
+    score = np.concatenate([table[kind].ravel() for kind in UNIT_KINDS])
+    size = np.concatenate([sizes[kind].ravel() for kind in UNIT_KINDS])
+    order = np.argsort(-score, kind="stable")
+    order = order[score[order] > 0]
+    order = order[np.cumsum(size[order]) <= budget * size.sum()]
+    flat = np.zeros(len(score), bool)
+    flat[order] = True
+    ends = np.cumsum([table[kind].size for kind in UNIT_KINDS])[:-1]
+    return {kind: part.reshape(table[kind].shape) for kind, part in zip(UNIT_KINDS, np.split(flat, ends), strict=True)}

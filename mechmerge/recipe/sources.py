@@ -1,0 +1,149 @@
+"""What a recipe is made from: score and effect files of one base, grouped by expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mechmerge.artifacts import METADATA_KEY, parse_json, sha256_file
+from mechmerge.errors import InputError, SchemaError
+from mechmerge.localize.effect_file import EffectFile, read_effects
+from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.models.components import UNIT_KINDS
+from mechmerge.models.references import ModelId
+from mechmerge.recipe.schema import Array, Source
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one recipe."""
+
+    base: ModelId
+    experts: dict[str, ModelId]
+    """By name, in the order in which a recipe sums them."""
+    effects: EffectFile | None = None
+    scores: dict[str, list[ScoreFile]] = field(default_factory=dict)
+    """Score files by expert name."""
+    provenance: tuple[Source, ...] = ()
+
+    def unit_parameters(self) -> dict[str, int]:
+        """Parameters of one head, KV group and neuron, where a file tells."""
+        if self.effects is not None:
+            return dict(self.effects.metadata.parameters)
+        for files in self.scores.values():
+            return {kind: int(files[0].arrays[f"{kind}.parameters"][0]) for kind in UNIT_KINDS}
+        return {}
+
+    def delta_norms(self) -> dict[str, Array]:
+        """`<expert>.<kind>` → norms of expert − base [layers, units], as far as score files hold them."""
+        return {
+            f"{expert}.{kind}": files[0].arrays[f"{kind}.delta_norm"]
+            for expert, files in self.scores.items()
+            for kind in UNIT_KINDS
+            if f"{kind}.delta_norm" in files[0].arrays
+        }
+
+
+def expert_name(model: ModelId) -> str:
+    """A plain name for an expert, from its reference: the last part of the path, or the adapter's."""
+    last = re.split(r"[/+:]", model.name)[-1]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "expert"
+
+
+def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = None) -> Sources:
+    """Reads score and effect files.
+
+    Args:
+        files: score files and at most one effect file, in any order.
+        experts: names and order of the experts; otherwise those of the effect file, else made from the models' names.
+
+    Raises:
+        InputError: no file, two effect files, files of different bases, or a file of an unknown expert.
+        SchemaError: a file that is neither a score file nor an effect file, or a broken one.
+    """
+    if not files:
+        raise InputError("recipe", expected="score files or an effect file", found="none")
+    effects: EffectFile | None = None
+    scored: list[ScoreFile] = []
+    provenance = []
+    bases: dict[str, ModelId] = {}
+    for path in files:
+        kind = _kind(path)
+        if kind == "effects":
+            if effects is not None:
+                raise InputError(str(path), expected="one effect file", found="a second one")
+            effects = read_effects(path)
+            base = effects.metadata.base
+            provenance.append(Source(file=path.name, kind="effects", sha256=sha256_file(path)))
+        else:
+            file = read_scores(path)
+            scored.append(file)
+            base = file.metadata.base
+            provenance.append(Source(file=path.name, kind="scores", sha256=sha256_file(path)))
+        bases.setdefault(base.digest, base)
+        if len(bases) > 1:
+            first, other = (f"{model.name} ({model.digest[:12]})" for model in bases.values())
+            raise InputError(str(path), expected=f"the base {first}", found=other, fix="measure all files against one base")
+    named = dict(experts) if experts is not None else dict(effects.metadata.experts) if effects is not None else _names(scored)
+    if effects is not None:
+        effects = _renamed(effects, named)
+    scores: dict[str, list[ScoreFile]] = {}
+    for name, model in named.items():
+        mine = [file for file in scored if file.metadata.expert.digest == model.digest]
+        if mine:
+            scores[name] = mine
+    known = {model.digest for model in named.values()}
+    for file in scored:
+        if file.metadata.expert.digest not in known:
+            raise InputError(
+                f"score file of {file.metadata.behavior}",
+                expected=f"an expert among {', '.join(named)}",
+                found=file.metadata.expert.name,
+            )
+    return Sources(
+        next(iter(bases.values())), named, effects, scores, tuple(sorted(provenance, key=lambda s: (s.kind, s.file, s.sha256)))
+    )
+
+
+def _kind(path: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            text = (handle.metadata() or {}).get(METADATA_KEY)
+    except FileNotFoundError:
+        raise InputError(str(path), expected="a file", found="nothing there") from None
+    except (SafetensorError, OSError) as error:
+        raise SchemaError(str(path), expected="a score or effect file", found=str(error)) from None
+    document = parse_json(text, str(path)) if text is not None else None
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if kind not in ("scores", "effects"):
+        raise SchemaError(str(path), expected="a score or effect file", found=f"kind {kind!r}")
+    return str(kind)
+
+
+def _names(scored: Sequence[ScoreFile]) -> dict[str, ModelId]:
+    named: dict[str, ModelId] = {}
+    for model in {file.metadata.expert.digest: file.metadata.expert for file in scored}.values():
+        name = expert_name(model)
+        if name in named or name == "base":
+            name = f"{name}-{model.digest[:8]}"
+        named[name] = model
+    return named
+
+
+def _renamed(effects: EffectFile, named: Mapping[str, ModelId]) -> EffectFile:
+    """The effect file with its experts under the given names; the order of its tensors stays."""
+    names = {model.digest: name for name, model in named.items()}
+    old = effects.metadata.experts
+    for name, model in old.items():
+        if model.digest not in names:
+            raise InputError("effect file", expected=f"experts among {', '.join(named)}", found=name)
+    behaviors = tuple(
+        b.model_copy(update={"expert": names[old[b.expert].digest]}) if b.expert in old else b
+        for b in effects.metadata.behaviors
+    )
+    experts = {names[model.digest]: model for model in old.values()}
+    return EffectFile(effects.metadata.model_copy(update={"experts": experts, "behaviors": behaviors}), effects.arrays)

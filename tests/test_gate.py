@@ -1,0 +1,160 @@
+"""The gate: what passes, what fails by how much, and what was not measured refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mechmerge.artifacts import parse_document, parse_yaml
+from mechmerge.cli.main import main
+from mechmerge.errors import InputError, SchemaError
+from mechmerge.evaluate.gate import Gate, check_gate
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, SuiteRecord, SuiteResult
+from mechmerge.models.references import ModelId
+
+VALUES = {
+    "base": {"formats": 0.27, "arithmetic": 0.05},
+    "arithmetic": {"arithmetic": 0.9},
+    "merge": {"formats": 0.47, "arithmetic": 0.7},
+}
+
+
+def evaluation():
+    def result(metrics):
+        suites = {
+            name: SuiteResult(
+                metrics={name: Metric(value=value, n=100, clusters=20, low=max(0.0, value - 0.1), high=value)},
+                errors=0,
+                tokens=1,
+                unfinished=0,
+                template="none",
+                answers="0",
+            )
+            for name, value in metrics.items()
+        }
+        return ModelResult(id=ModelId(name="m"), suites=suites)
+
+    record = SuiteRecord(digest="0", split="test", prompts=100, answer_tokens=8, chat_template="model", groups=("all",))
+    return Evaluation(
+        suites={"formats": record, "arithmetic": record},
+        models={name: result(metrics) for name, metrics in VALUES.items()},
+        against=(),
+        pairs=(),
+        settings=EvaluateSettings(),
+        versions={},
+    )
+
+
+def gate(text):
+    return parse_document(Gate, parse_yaml(text, "gate.yaml"), "gate.yaml")
+
+
+def check(rule, model="merge"):
+    return check_gate(evaluation(), gate(f"rules: [{rule}]"), model).rules[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "passed", "bound"),
+    [
+        ("{metric: formats, at_least: {model: base, plus: 0.20}}", True, 0.47),
+        ("{metric: formats, at_least: {model: base, plus: 0.21}}", False, 0.48),
+        ("{metric: arithmetic, at_least: {model: arithmetic, times: 0.8}}", False, 0.72),
+        ("{metric: arithmetic, at_least: {model: arithmetic, times: 0.7}}", True, 0.63),
+        ("{metric: arithmetic, at_least: {model: base, metric: formats, times: 2, plus: 0.1}}", True, 0.64),
+        ("{metric: arithmetic, at_least: 0.65}", True, 0.65),
+        ("{metric: arithmetic, at_least: 0.65, use: low}", False, 0.65),
+        ("{metric: arithmetic, at_least: 0.55, use: low}", True, 0.55),
+        ("{metric: arithmetic, model: arithmetic, at_least: 0.9}", True, 0.9),
+    ],
+)
+def test_rules(rule, passed, bound):
+    result = check(rule)
+    assert result.passed is passed
+    assert result.bound == pytest.approx(bound)
+    assert result.short_by == (0.0 if passed else pytest.approx(bound - result.found))
+
+
+@pytest.mark.parametrize(
+    ("rule", "missing"),
+    [
+        ("{metric: poetry, at_least: 0}", "poetry"),
+        ("{metric: formats, model: nobody, at_least: 0}", "nobody"),
+        ("{metric: formats, at_least: {model: nobody}}", "nobody"),
+        ("{metric: formats, at_least: {model: arithmetic}}", "formats"),
+    ],
+)
+def test_what_was_not_measured_refuses(rule, missing):
+    result = check(rule)
+    assert not result.passed
+    assert missing in result.problem
+    assert "REFUSED" in result.line
+    assert not check_gate(evaluation(), gate(f"rules: [{rule}]"), "merge").passed
+
+
+def test_one_failing_rule_fails_the_gate():
+    text = "rules: [{metric: formats, at_least: 0.1}, {metric: arithmetic, at_least: 0.95}]"
+    result = check_gate(evaluation(), gate(text), "merge")
+    assert not result.passed
+    assert [rule.metric for rule in result.failed] == ["arithmetic"]
+    assert result.failed[0].line == "FAILED  arithmetic of merge ≥ 0.95: found 0.700, needed 0.950, short by 0.250"
+
+
+def test_the_model_is_the_rules_the_callers_or_the_gates():
+    text = "model: base\nrules: [{metric: formats, at_least: 0.4}]"
+    assert not check_gate(evaluation(), gate(text)).passed
+    assert check_gate(evaluation(), gate(text), "merge").passed
+    with pytest.raises(InputError, match="--model"):
+        check_gate(evaluation(), gate("rules: [{metric: formats, at_least: 0.4}]"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules: []",
+        "rules: [{metric: formats}]",
+        "rules: [{metric: formats, at_least: 20}]",
+        "rules: [{metric: formats, at_least: {model: base, minus: 1}}]",
+        "rules: [{metric: formats, at_least: .inf}]",
+        "rules: [{metric: formats, at_least: 0.5, at_most: 0.6}]",
+        "rules: [{metric: formats, at_least: 0.5}]\nmodels: base",
+    ],
+)
+def test_bad_gates_are_refused(text):
+    with pytest.raises(SchemaError):
+        gate(text)
+
+
+@pytest.fixture
+def files(tmp_path):
+    evaluation().write(tmp_path / "evaluation.json")
+    (tmp_path / "good.yaml").write_text("model: merge\nrules: [{metric: formats, at_least: {model: base, plus: 0.1}}]")
+    (tmp_path / "bad.yaml").write_text("model: merge\nrules: [{metric: formats, at_least: {model: base, plus: 0.5}}]")
+    return tmp_path
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["gate", *map(str, arguments)])
+    return stop.value.code
+
+
+def test_command(files, capsys):
+    assert run(files / "evaluation.json", files / "good.yaml") == 0
+    assert capsys.readouterr().out == "passed  formats of merge ≥ base + 0.1: found 0.470, needed 0.370\n"
+    assert run(files / "evaluation.json", files / "bad.yaml") == 3
+    out, err = capsys.readouterr()
+    assert "short by 0.300" in out
+    assert "short by 0.300" in err
+    assert err.count("\n") == 1
+    assert run(files / "evaluation.json", files / "bad.yaml", "--format", "json") == 3
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["passed"] is False
+    assert printed["rules"][0]["short_by"] == pytest.approx(0.3)
+
+
+def test_command_with_files_that_are_not_there_or_broken(files, capsys):
+    assert run(files / "nothing.json", files / "good.yaml") == 2
+    (files / "broken.json").write_text('{"schema_version": 1}')
+    assert run(files / "broken.json", files / "good.yaml") == 2
+    assert "broken.json" in capsys.readouterr().err
