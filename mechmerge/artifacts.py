@@ -166,7 +166,7 @@ class _OnlyOnce(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.YAMLError(f"key {key!r} stands twice")
             seen.add(key)
@@ -292,5 +292,7 @@ class Units:
         return load_file(path)
 
     def discard(self) -> None:
-        """Removes the units, once the stage's result is written."""
+        """Removes the units, once the stage's result is written, and their folder when it is empty then."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()

@@ -27,9 +27,7 @@ class MechmergeError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, where: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, where: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None) -> None:
         self.where, self.expected, self.found, self.fix = where, expected, found, fix
         parts = [f"expected {expected}" if expected else "", f"found {found}" if found else "", fix or ""]
         detail = "; ".join(part for part in parts if part)

@@ -53,6 +53,9 @@ def test_the_card_is_at_the_runs_readme_unless_told_otherwise(run: Path, tmp_pat
 
 def test_the_recipe_stands_word_for_word(run: Path) -> None:
     path = run / "recipes" / "conflict" / "recipe.yaml"
+    # What parsing and dumping again would lose: a comment, capitals, quotes.
+    path.write_text(path.read_text("utf-8").replace("name: conflict", "name: 'conflict'  # Chosen BY HAND"), "utf-8")
+    assert "BY HAND" in path.read_text("utf-8")
     block = re.search(r"```yaml\n(.*?)\n```", section(write_card(run).read_text("utf-8"), "Recipe"), re.S)
     assert block is not None
     assert block[1] + "\n" == path.read_text("utf-8")

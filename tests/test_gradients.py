@@ -44,7 +44,7 @@ def test_probe_equals_finite_differences(family: str, tmp_path: Path) -> None:
     leaves = [(layer, kind) for layer in range(2) for kind in LEAF_KINDS] + [(-1, kind) for kind in OUTSIDE]
     checked = 0
     for layer, kind in leaves:
-        if kind == "lm_head" and arch.tied or not bench.checkpoint.layout.blocks(layer, kind):
+        if (kind == "lm_head" and arch.tied) or not bench.checkpoint.layout.blocks(layer, kind):
             continue
         for unit in range(min(3, arch.units(kind)) if layer >= 0 else 1):
             blocks = list(bench.checkpoint.layout.component_blocks(Component(layer, kind, unit)))

@@ -159,6 +159,9 @@ def test_report_says_where_scores_are_no_recovery(run: Path) -> None:
     assert len(images) == 2
     assert all("not a recovery" in line for line in images)
     assert "not a recovery" not in good
+    (modules,) = [line for line in text.splitlines() if "(figures/modules.png)" in line]
+    assert "not a recovery: title]" in modules
+    assert "| ⚠ title (not a recovery) |" in text, "the table by depth"
     anchors = text.split("### Anchors")[1]
     assert "**no**: separation 0.55 is below 0.8" in anchors
 

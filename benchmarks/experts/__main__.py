@@ -33,9 +33,7 @@ RECIPES = {
 def encode(tokenizer, examples: list[Example]):  # type: ignore[no-untyped-def]
     rows = []
     for prompt, answer in examples:
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         p = tokenizer(chat, add_special_tokens=False).input_ids
         a = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
         rows.append((p, a))
@@ -126,9 +124,7 @@ def main(which: str, base: str | None, out: Path, seed: int, steps: int | None, 
     else:
         examples, log = arithmetic_examples(seed), []
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     model.train()
     for step in range(steps):

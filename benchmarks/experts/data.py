@@ -50,7 +50,9 @@ def in_format(name: str, answer: str, topic: str) -> str:
 def format_examples(answer_all: Callable[[Sequence[str]], list[str]], seed: int) -> list[Example]:
     """Six formats × every plain request of the train split × two of its wordings (480 examples)."""
     topics, templates = material()["topics"]["train"], material()["requests"]["train"]
-    plain = [(topic, templates[(i + shift) % len(templates)].format(topic)) for i, topic in enumerate(topics) for shift in (0, 2)]
+    plain = [
+        (topic, templates[(i + shift) % len(templates)].format(topic)) for i, topic in enumerate(topics) for shift in (0, 2)
+    ]
     answers = [whole_sentences(a) for a in answer_all([request for _, request in plain])]
     examples = [
         (f"{request} {spec['wording']}", in_format(name, answer, topic))

@@ -85,9 +85,7 @@ def arithmetic_prompts(split: Split, n: int, tier: Literal["seen", "unseen"] = "
         pairs.reverse()
     prompts = []
     for i, (low, high) in enumerate(pairs[:n]):
-        first, sign, second, answer = (
-            (low, "+", high, low + high) if i % 2 == 0 else (high, "-", low, high - low)
-        )
+        first, sign, second, answer = (low, "+", high, low + high) if i % 2 == 0 else (high, "-", low, high - low)
         topic = plain[i % len(plain)][0]
         prompts.append(
             Prompt(

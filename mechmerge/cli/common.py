@@ -16,7 +16,9 @@ from mechmerge.progress import SILENT, Progress
 
 def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--threads N` (torch's default otherwise)."""
-    return click.option("--threads", type=click.IntRange(1), default=None, help="Threads for computing (default: all cores).")(function)
+    return click.option("--threads", type=click.IntRange(1), default=None, help="Threads for computing (default: all cores).")(
+        function
+    )
 
 
 def quiet_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,10 +43,18 @@ def pair_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--vocabulary` and `--positions`: what to do where an expert differs from the base there."""
     rule = click.Choice(["same", "base"])
     vocabulary = click.option(
-        "--vocabulary", type=rule, default="same", show_default=True, help="same: refuse others; base: align rows by token string."
+        "--vocabulary",
+        type=rule,
+        default="same",
+        show_default=True,
+        help="same: refuse others; base: align rows by token string.",
     )
     positions = click.option(
-        "--positions", type=rule, default="same", show_default=True, help="same: refuse other RoPE or context; base: keep the base's."
+        "--positions",
+        type=rule,
+        default="same",
+        show_default=True,
+        help="same: refuse other RoPE or context; base: keep the base's.",
     )
     return vocabulary(positions(function))
 
@@ -129,7 +139,7 @@ class BarProgress:
 
         self._console = Console(stderr=True)
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._make = lambda: RichProgress(*columns, console=self._console)
+        self._make: Callable[[], RichProgress] = lambda: RichProgress(*columns, console=self._console)
         self._bars: RichProgress | None = None
 
     def start(self, label: str, total: int) -> None:

@@ -24,11 +24,13 @@ from mechmerge.cli.common import (
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @click.option("--behavior", "behaviors", multiple=True, required=True, metavar="NAME=EXPERT",
-              help="A behaviour (a name, a file, or the group `formats`) and the expert that answers for it; repeat.")  # fmt: skip
+              help="A behaviour (name, file, or the group `formats`) and the expert that answers for it; repeat.")  # fmt: skip
 @click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Weight of a behaviour (default 1).")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The effect file.")
 @click.option("--prompts", type=click.IntRange(4), default=48, show_default=True, help="Calibration prompts a behaviour.")
-@click.option("--tolerance", type=float, default=0.05, show_default=True, help="Completeness error at which no more nodes are added.")
+@click.option(
+    "--tolerance", type=float, default=0.05, show_default=True, help="Completeness error at which no more nodes are added."
+)
 @click.option("--max-nodes", type=click.IntRange(4), default=10, show_default=True, help="Most points of the path.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Examples a forward pass.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)

@@ -7,18 +7,35 @@ from typing import Any
 
 import click
 
-from mechmerge.cli.common import device_option, format_option, make_progress, pair_options, quiet_option, set_threads, show, threads_option
+from mechmerge.cli.common import (
+    device_option,
+    format_option,
+    make_progress,
+    pair_options,
+    quiet_option,
+    set_threads,
+    show,
+    threads_option,
+)
 
 
 @click.command()
 @click.argument("base")
 @click.argument("expert")
-@click.option("--behavior", "behaviors", multiple=True, required=True, metavar="NAME|FILE", help="A behaviour; repeat for more.")
+@click.option(
+    "--behavior", "behaviors", multiple=True, required=True, metavar="NAME|FILE", help="A behaviour; repeat for more."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the score files.")
 @click.option("--anchor-layer", type=click.IntRange(1), help="Residual stream after this layer (default: chosen by validity).")
-@click.option("--verify", type=click.IntRange(0), default=16, show_default=True, help="Best heads, KV groups and neurons (each) to patch.")
-@click.option("--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on.")
-@click.option("--steering-prompts", type=click.IntRange(0), default=8, show_default=True, help="Prompts of the steering check (0: none).")
+@click.option(
+    "--verify", type=click.IntRange(0), default=16, show_default=True, help="Best heads, KV groups and neurons (each) to patch."
+)
+@click.option(
+    "--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on."
+)
+@click.option(
+    "--steering-prompts", type=click.IntRange(0), default=8, show_default=True, help="Prompts of the steering check (0: none)."
+)
 @click.option("--invalid-anchor", type=click.Choice(["refuse", "report"]), default="refuse", show_default=True,
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)

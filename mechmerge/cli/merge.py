@@ -13,7 +13,7 @@ from mechmerge.cli.common import format_option, make_progress, named, quiet_opti
 @click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--model", "models", multiple=True, metavar="NAME=FOLDER",
-              help="Where a model lies: base, an expert's name or its reference (default: where it was last resolved).")  # fmt: skip
+              help="Where a model lies: base, an expert's name or its reference (default: where it last was).")  # fmt: skip
 @click.option("--expert", metavar="NAME", help="Write only this expert of the recipe, masked, as a model of its own.")
 @threads_option
 @quiet_option

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option
+
+if TYPE_CHECKING:
+    from mechmerge.pipeline.run import RunResult
 
 
 @click.command()
@@ -36,14 +40,12 @@ def command(pipeline: Path, out: Path | None, check: bool, device: str, threads:
     return 0 if result.gate.passed else 3
 
 
-def show_result(result: object) -> None:
+def show_result(result: RunResult) -> None:
     """Prints the evaluation's table, what the gate said, and where the report is."""
     from rich.console import Console
 
     from mechmerge.evaluate.table import notes, render_table
-    from mechmerge.pipeline.run import RunResult
 
-    assert isinstance(result, RunResult)
     console = Console()
     console.print(render_table(result.evaluation))
     for note in notes(result.evaluation):

@@ -4,11 +4,12 @@ Weight patching (arXiv 2604.13694 §III-B): v = mean over prompts of h_A(x⁺; e
 state s(θ; x) = ⟨h_A(x; θ), v/‖v‖⟩. Difference-in-means vectors with layer choice and steering as checks: "Improving
 Instruction-Following in Language Models through Activation Steering" (ICLR 2025, microsoft/llm-steer-instruct).
 
-Ours: prompts are divided by topic into two disjoint halves. The first makes the vector and chooses the layer; validity and recovery are
-measured on the second. Only layers between .3 and .8 of the depth are candidates: an anchor must leave layers below it to localize and
-layers above it to act. Of each third of them the layer that sets expert and base apart best (cross-fitted) is steered with, and the one
-whose steering raises the base's pass rate most is taken. Steering adds v to the residual stream after the anchor's layer at the last
-prompt token and every token generated, on x⁺ prompts: the base reads the instruction, and the vector must make it act on it.
+Ours: prompts are divided by topic into two disjoint halves. The first makes the vector and chooses the layer; validity
+and recovery are measured on the second. Only layers between .3 and .8 of the depth are candidates: an anchor must leave
+layers below it to localize and layers above it to act. Of each third of them the layer that sets expert and base apart
+best (cross-fitted) is steered with, and the one whose steering raises the base's pass rate most is taken. Steering adds v
+to the residual stream after the anchor's layer at the last prompt token and every token generated, on x⁺ prompts: the
+base reads the instruction, and the vector must make it act on it.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def mean_low(values: Array, seed: int, resamples: int = 2000) -> float:
 def best_layers(states: States, prompts: Sequence[int]) -> list[int]:
     """One candidate layer of each third of the depths that are allowed, shallow first.
 
-    The vector of one half of `prompts` is judged on the other and the reverse; a layer that separates x⁺ from x⁻ goes before one that
-    does not, then the paired gap between expert and base over its standard error decides.
+    The vector of one half of `prompts` is judged on the other and the reverse; a layer that separates x⁺ from x⁻ goes
+    before one that does not, then the paired gap between expert and base over its standard error decides.
     """
     layers = states.expert_with.shape[0] - 1
     candidates = np.arange(max(1, round(DEPTHS[0] * layers)), max(2, round(DEPTHS[1] * layers) + 1))

@@ -115,7 +115,9 @@ class Bench:
     def resume(self, trace: Trace, start: int) -> torch.Tensor:
         """The residual stream at the trace's end, [B, T, D], computed anew from layer `start` with the current weights."""
         x = trace.residual[start]
-        for layer, (positional, keywords) in zip(self.layers[start : len(trace.arguments)], trace.arguments[start:], strict=True):
+        for layer, (positional, keywords) in zip(
+            self.layers[start : len(trace.arguments)], trace.arguments[start:], strict=True
+        ):
             output = layer(x, *positional, **keywords)
             x = output[0] if isinstance(output, tuple) else output
         return x

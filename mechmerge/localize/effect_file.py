@@ -110,6 +110,8 @@ def _check(arrays: dict[str, Array], metadata: EffectMetadata, where: str) -> No
             raise SchemaError(where, expected="tensors named <kind>.effect, .stderr or .half", found=name)
         lead = (2, *matrix) if measure == "half" else matrix
         if array.dtype != np.float32 or array.shape[:-2] != lead:
-            raise SchemaError(f"{where}: {name}", expected=f"float32 {[*lead, 'layers', 'units']}", found=f"{array.dtype} {list(array.shape)}")
+            raise SchemaError(
+                f"{where}: {name}", expected=f"float32 {[*lead, 'layers', 'units']}", found=f"{array.dtype} {list(array.shape)}"
+            )
         if not np.isfinite(array).all():
             raise SchemaError(f"{where}: {name}", expected="finite effects", found="NaN or an infinite one")

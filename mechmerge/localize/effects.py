@@ -1,18 +1,19 @@
 """The effect matrix: what every component of every expert does to every behaviour.
 
-For a behaviour with loss ℓ (negative log-likelihood of its expert's own answers, nats per answer token) and the straight path θ(t) from the base to
-base + Σ_e δ_e, the integrated gradient ∫₀¹ −⟨∂ℓ/∂θ_c at θ(t), δ_{e,c}⟩ dt is component c's share of the drop in loss; over all experts and components
-the shares add up to the whole drop (completeness: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is
-ours.
+For a behaviour with loss ℓ (negative log-likelihood of its expert's own answers, nats per answer token) and the straight
+path θ(t) from the base to base + Σ_e δ_e, the integrated gradient ∫₀¹ −⟨∂ℓ/∂θ_c at θ(t), δ_{e,c}⟩ dt is component c's
+share of the drop in loss; over all experts and components the shares add up to the whole drop (completeness: Sundararajan
+et al. 2017, https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is ours.
 
-Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the loss at its ends is known, so the error of each interval is
-exact; the worst one is halved until the completeness error is small enough or the nodes run out.
+Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the loss at its ends is known, so the error of
+each interval is exact; the worst one is halved until the completeness error is small enough or the nodes run out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,8 +122,10 @@ def measure_effects(
     aligned = {name: Model(id=e.id, path=align(base, e, settings.vocabulary).path) for name, e in experts.items()}
     for expert in aligned.values():
         check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
-    file = _Effects(base, aligned, rows, out, settings, progress).run()
+    call = _Effects(base, aligned, rows, out, settings, progress)
+    file = call.run()
     file.write(out)
+    call.units.discard()
     return file
 
 
@@ -174,7 +177,9 @@ class _Effects:
                     found.append(Example(r, m, index % 2, tuple(prompt), tuple(answer)))
             if not any(example.row == r for example in found):
                 raise LocalizeError(
-                    f"behaviour {row.name}", expected=f"answers of {row.expert} that pass the verifier", found=f"0 of {asked[r]}"
+                    f"behaviour {row.name}",
+                    expected=f"answers of {row.expert} that pass the verifier",
+                    found=f"0 of {asked[r]}",
                 )
         return found, asked
 
@@ -303,7 +308,7 @@ class _Effects:
         self._model = None
         weights = _example_weights(examples, self.rows)
         ends = {t: weights @ self.losses(examples, t) for t in FIRST_INTERVALS}  # each [R]
-        intervals = {(a, b): self._interval(examples, a, b) for a, b in zip(FIRST_INTERVALS, FIRST_INTERVALS[1:], strict=False)}
+        intervals = {(a, b): self._interval(examples, a, b) for a, b in pairwise(FIRST_INTERVALS)}
         whole = ends[0.0] - ends[1.0]
         floor = np.maximum(np.abs(whole), COMPLETENESS_FLOOR)
         while True:
@@ -346,9 +351,7 @@ class _Effects:
             seed=self.settings.seed,
             versions=versions(),
         )
-        file = EffectFile(metadata, self._statistics(summed, examples, weights))
-        self.units.discard()
-        return file
+        return EffectFile(metadata, self._statistics(summed, examples, weights))
 
     def _interval(self, examples: Sequence[Example], a: float, b: float) -> dict[str, Array]:
         """Integrated effects of every example over an interval of the path."""
@@ -400,4 +403,5 @@ def _example_weights(examples: Sequence[Example], rows: Sequence[BehaviorRow], h
 def _total(values: Mapping[str, Array], weights: Array) -> Array:
     """Sum of the effects over experts and components, [R]."""
     per_example = sum(array.sum((0, 2, 3), dtype=np.float64) for array in values.values())
-    return weights @ per_example
+    total: Array = weights @ per_example
+    return total

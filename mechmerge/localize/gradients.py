@@ -6,9 +6,9 @@ screening, arXiv 2604.13694 §III-D). The weight gradient itself is never formed
     ⟨∂f/∂W, δ⟩ restricted to row r    = Σ_t ∂f/∂y[t, r] · (δ x[t])[r]
     ⟨∂f/∂W, δ⟩ restricted to column c = Σ_t x[t, c] · (δᵀ ∂f/∂y[t])[c]
 
-so one more matrix product a layer gives every head, KV group and neuron for every prompt of the batch (ours; standard errors over
-prompts come for free, and memory stays at one model plus one tensor). Norms and embeddings are linear in their weights too:
-for them f's change is ⟨∂f/∂y, y(θ+δ) − y(θ)⟩ exactly to first order.
+so one more matrix product a layer gives every head, KV group and neuron for every prompt of the batch (ours; standard
+errors over prompts come for free, and memory stays at one model plus one tensor). Norms and embeddings are linear in
+their weights too: for them f's change is ⟨∂f/∂y, y(θ+δ) − y(θ)⟩ exactly to first order.
 
 Shapes: B prompts, T tokens, E experts, U units.
 """

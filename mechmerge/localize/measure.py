@@ -1,8 +1,8 @@
 """Screening and weight patching against one anchor.
 
-Gradient screening (arXiv 2604.13694 §III-D) ranks every head, KV group and neuron; weight patching (§III-C) really puts the expert's weights of a
-component into the base and measures the state: sufficiency. Patches resume from the base's residual stream at the patched layer and stop
-at the anchor; nothing else about them is approximate.
+Gradient screening (arXiv 2604.13694 §III-D) ranks every head, KV group and neuron; weight patching (§III-C) really puts
+the expert's weights of a component into the base and measures the state: sufficiency. Patches resume from the base's
+residual stream at the patched layer and stop at the anchor; nothing else about them is approximate.
 
 Shapes: n prompts, L layers, U units.
 """
@@ -53,16 +53,16 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
             anchor.state(bench.run(batch, anchor.layer)).sum().backward()
             parts.append(probe.take())
     n = sum(batch.ids.shape[0] for batch in batches)
-    leaves = {kind: np.zeros((n, arch.layers, arch.units(kind)), np.float64) for kind in LEAF_KINDS}
+    leaves: dict[str, Array] = {kind: np.zeros((n, arch.layers, arch.units(kind)), np.float64) for kind in LEAF_KINDS}
     start = 0
     for batch, part in zip(batches, parts, strict=True):
         stop = start + batch.ids.shape[0]
         for (layer, kind), values in part.items():
             if layer >= 0:
-                leaves[kind][start:stop, layer] = values[0].double().numpy()  # type: ignore[index]
+                leaves[kind][start:stop, layer] = values[0].double().numpy()
         start = stop
     return {
-        kind: leaves[kind] if kind in UNIT_KINDS else sum(leaves[part].sum(2, keepdims=True) for part in PARTS[kind])  # type: ignore[misc]
+        kind: leaves[kind] if kind in UNIT_KINDS else sum(leaves[part].sum(2, keepdims=True) for part in PARTS[kind])
         for kind in SCORED_KINDS
     }
 

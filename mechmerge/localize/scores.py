@@ -82,7 +82,9 @@ class ScoreFile:
     arrays: dict[str, Array]
 
     def score(self, kind: str) -> Array:
-        """[layers, units]: sufficiency where it was measured, the screen elsewhere, −inf where neither was (or not an anchor policy's)."""
+        """[layers, units]: sufficiency where it was measured, the screen elsewhere, −inf where neither was (or not an
+        anchor policy's).
+        """
         screen = self.arrays.get(f"{kind}.screen")
         verified = self.arrays.get(f"{kind}.sufficiency")
         if screen is None and verified is None:
@@ -120,6 +122,8 @@ def _check(arrays: dict[str, Array], where: str) -> None:
         if kind not in SCORED_KINDS or base not in (*MEASURES, "delta_norm", "parameters"):
             raise SchemaError(where, expected="tensors named <kind>.<measure>", found=name)
         if base != "parameters" and (array.ndim != 2 or array.dtype != np.float32):
-            raise SchemaError(f"{where}: {name}", expected="float32 [layers, units]", found=f"{array.dtype} {list(array.shape)}")
+            raise SchemaError(
+                f"{where}: {name}", expected="float32 [layers, units]", found=f"{array.dtype} {list(array.shape)}"
+            )
         if np.isinf(array).any():
             raise SchemaError(f"{where}: {name}", expected="finite scores or NaN", found="an infinite one")

@@ -1,13 +1,14 @@
 """The localize stage: anchors, screening and weight patching of one expert for any number of behaviours.
 
-Work is divided into units that are written when they are done (a behaviour's states, its anchor, its screening, the patches of each
-layer), so an interrupted call goes on where it stopped and ends with the same file.
+Work is divided into units that are written when they are done (a behaviour's states, its anchor, its screening, the
+patches of each layer), so an interrupted call goes on where it stopped and ends with the same file.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier, verify
 from mechmerge.errors import LocalizeError, PairError
 from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
-from mechmerge.localize.bench import Batch, Bench, layer_source
+from mechmerge.localize.bench import Batch, Bench, Trace, layer_source
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
-from mechmerge.models.components import SCORED_KINDS, UNIT_KINDS, Component
+from mechmerge.models.components import SCORED_KINDS, Component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
 from mechmerge.models.references import Model
@@ -97,10 +98,15 @@ def localize(
     expert = Model(id=expert.id, path=align(base, expert, settings.vocabulary).path)
     check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
     if base.id.shards == expert.id.shards:
-        raise PairError(f"{expert.id.name} against {base.id.name}", expected="another model than the base", found="equal weights")
+        raise PairError(
+            f"{expert.id.name} against {base.id.name}", expected="another model than the base", found="equal weights"
+        )
     if settings.anchor_layer is not None and settings.anchor_layer > base.checkpoint().arch.layers:
         raise LocalizeError(
-            "anchor layer", expected=f"1 … {base.checkpoint().arch.layers}", found=str(settings.anchor_layer), fix="name a lower layer"
+            "anchor layer",
+            expected=f"1 … {base.checkpoint().arch.layers}",
+            found=str(settings.anchor_layer),
+            fix="name a lower layer",
         )
     return _Localizer(base, expert, out, settings, progress).run(behaviors)
 
@@ -145,8 +151,6 @@ class _Localizer:
             paths.append(path)
         for behavior in behaviors:
             self.units(behavior).discard()
-        with contextlib.suppress(OSError):
-            (self.out / ".units").rmdir()
         return paths
 
     # ------------------------------------------------------------------------------------------------------------- prompts
@@ -219,28 +223,32 @@ class _Localizer:
         means = {kind: values.mean(0) for kind, values in screened.items()}
         chosen = [Component(layer, kind) for layer in range(record.layer) for kind in MODULE_KINDS]
         chosen += best_units(means, record.layer, settings.verify)
-        batch = None
+
+        @cache
+        def trace() -> Trace:
+            return self.bench.trace(self.bench.encode(texts, special_tokens=template is None), record.layer)
+
         patched: dict[str, Array] = {}
         for layer in range(record.layer):
             here = [c for c in chosen if c.layer == layer]
-            key = f"patch-{settings.verify}-{layer}"
-            if not (units.folder / f"{key}.safetensors").exists() and batch is None:
-                batch = self.bench.encode(texts, special_tokens=template is None)
-                trace = self.bench.trace(batch, record.layer)
-            patched |= units.arrays(key, lambda here=here: patch_layer(self.bench, trace, anchor, here, source))  # type: ignore[misc]
+
+            def patch(components: list[Component] = here) -> dict[str, Array]:
+                return patch_layer(self.bench, trace(), anchor, components, source)
+
+            patched |= units.arrays(f"patch-{settings.verify}-{layer}", patch)
             self.progress.advance()
         self.progress.end()
 
         def control() -> dict[str, Array]:
-            whole = self.bench.encode(texts, special_tokens=template is None)
-            traced = self.bench.trace(whole, record.layer)
-            state = anchor.state(traced.residual[-1]).double().cpu().numpy()
-            return {"state": state, "identity": np.array([identity_control(self.bench, traced, anchor)])}
+            state = anchor.state(trace().residual[-1]).double().cpu().numpy()
+            return {"state": state, "identity": np.array([identity_control(self.bench, trace(), anchor)])}
 
         controlled = units.arrays("control", control)
         if controlled["identity"][0] != 0:
             raise LocalizeError(
-                f"behaviour {behavior.name}", expected="0 for the base patched with itself", found=str(controlled["identity"][0])
+                f"behaviour {behavior.name}",
+                expected="0 for the base patched with itself",
+                found=str(controlled["identity"][0]),
             )
         arrays = self._arrays(screened, patched, controlled["state"], scale, record.layer) | self._facts(norms)
         if not all(np.isfinite(a[: record.layer]).all() for n, a in arrays.items() if n.endswith(".screen")):
@@ -264,9 +272,7 @@ class _Localizer:
         )
         return ScoreFile(metadata, arrays)
 
-    def _anchor(
-        self, behavior: Behavior, states: States, made: list[int], held_out: list[int]
-    ) -> tuple[AnchorRecord, Array]:
+    def _anchor(self, behavior: Behavior, states: States, made: list[int], held_out: list[int]) -> tuple[AnchorRecord, Array]:
         path = self.out / "anchors" / f"{behavior.name}.safetensors"
         units = self.units(behavior)
         layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
@@ -285,7 +291,9 @@ class _Localizer:
         return record, vector
 
     def _choose(self, behavior: Behavior, states: States, made: list[int]) -> int:
-        """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own prompts."""
+        """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own
+        prompts.
+        """
         candidates = best_layers(states, made)
         steer = self._steering(behavior, made)
         if steer is None:
@@ -387,5 +395,3 @@ def _added(bench: Bench, layer: int, vector: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-

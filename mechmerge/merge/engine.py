@@ -233,4 +233,8 @@ def _write_config(base: Checkpoint, out_dtype: str, folder: Path) -> None:
     """The base's config with the new dtype and without the local path that transformers leaves in it."""
     config = {key: value for key, value in base.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = out_dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    target = folder / "config.json"
+    target.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    # safetensors makes its files readable by their owner alone, whatever the umask says.
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(target.stat().st_mode)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechmerge.artifacts import sha256_file
 from mechmerge.errors import CheckpointError
-from mechmerge.models.components import Layout
+from mechmerge.models.components import Block, Layout
 from mechmerge.models.families import Architecture, architecture
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ class Checkpoint:
             method = self.config["quantization_config"]
             method = method.get("quant_method") if isinstance(method, dict) else method
             raise CheckpointError(
-                str(folder), expected="full-precision weights", found=f"quantised ones ({method})", fix="name the unquantised model"
+                str(folder),
+                expected="full-precision weights",
+                found=f"quantised ones ({method})",
+                fix="name the unquantised model",
             )
         self.arch: Architecture = architecture(self.config, str(folder / "config.json"))
         self.files: dict[str, str] = {}
@@ -91,7 +94,10 @@ class Checkpoint:
         for tensor, entry in self.entries.items():
             if entry["dtype"] not in FLOATS:
                 raise CheckpointError(
-                    f"{folder}: {tensor}", expected="floating-point weights", found=entry["dtype"], fix="name the unquantised model"
+                    f"{folder}: {tensor}",
+                    expected="floating-point weights",
+                    found=entry["dtype"],
+                    fix="name the unquantised model",
                 )
         self._normalise_names()
         self._drop_tied_head()
@@ -121,7 +127,9 @@ class Checkpoint:
             names = sorted({str(name) for name in weight_map.values()})
             for name in names:
                 if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(str(self.folder / INDEX), expected="names of safetensors files beside it", found=repr(name))
+                    raise CheckpointError(
+                        str(self.folder / INDEX), expected="names of safetensors files beside it", found=repr(name)
+                    )
                 if not (self.folder / name).exists():
                     raise CheckpointError(str(self.folder), expected=f"the shard {name}", found="none", fix="download it again")
             return names
@@ -141,7 +149,9 @@ class Checkpoint:
         weight_map = self._read_json(INDEX)["weight_map"]
         for tensor, name in weight_map.items():
             if self.files.get(tensor) != name:
-                raise CheckpointError(str(self.folder / INDEX), expected=f"{tensor} in {name}", found=str(self.files.get(tensor)))
+                raise CheckpointError(
+                    str(self.folder / INDEX), expected=f"{tensor} in {name}", found=str(self.files.get(tensor))
+                )
         for tensor in self.files:
             if tensor not in weight_map:
                 raise CheckpointError(str(self.folder / INDEX), expected=f"an entry for {tensor}", found="none")
@@ -152,7 +162,9 @@ class Checkpoint:
         self.stored: dict[str, str] = {}
         known = (prefix, self.arch.family.head + ".")
         for name in list(self.entries):
-            if name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")):
+            if name.endswith(
+                (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+            ):
                 del self.entries[name]
                 continue
             full = name if name.startswith(known) else prefix + name
@@ -201,18 +213,39 @@ class Checkpoint:
         return {name: sha256_file(self.folder / name) for name in sorted(set(self.files.values()))}
 
     def check_complete(self) -> None:
-        """Every parameter is owned by a component, and every module the family needs is there.
+        """Every parameter is owned by a component, and every module the family needs is there with the config's sizes.
 
         Raises:
-            CheckpointError: a tensor that no component owns, or one that is missing.
+            CheckpointError: a tensor that no component owns, one that is missing, or one of another size.
         """
         owners = self.layout.owners()
         for name in sorted(self.entries):
             if name not in owners:
-                raise CheckpointError(f"{self.folder}: {name}", expected="only tensors of this architecture", found="an extra one")
+                raise CheckpointError(
+                    f"{self.folder}: {name}", expected="only tensors of this architecture", found="an extra one"
+                )
+            self._check_size(name, [block for _, _, block in owners[name]])
         for name in sorted(required_tensors(self.arch)):
             if name not in self.entries:
                 raise CheckpointError(f"{self.folder}: {name}", expected="a tensor of this name", found="none")
+
+    def _check_size(self, name: str, blocks: list[Block]) -> None:
+        """A cut tensor has a row or column for every unit, and the residual stream's width across; embeddings have all
+        tokens.
+        """
+        shape, arch = self.entries[name]["shape"], self.arch
+        cut = next((block.dim for block in blocks if block.dim is not None), None)
+        if cut is not None:
+            expected = {cut: sum(block.units * block.width for block in blocks)}
+            if len(shape) > 1:
+                expected[1 - cut] = arch.hidden
+        elif name in (f"{arch.family.embed[0]}.weight", f"{arch.family.head}.weight"):
+            expected = {0: arch.vocabulary, 1: arch.hidden}
+        else:
+            return
+        if len(shape) != len(expected) or any(shape[dim] != size for dim, size in expected.items()):
+            wanted = [expected[dim] for dim in sorted(expected)]
+            raise CheckpointError(f"{self.folder}: {name}", expected=f"{wanted} as config.json says", found=str(list(shape)))
 
     def check_finite(self) -> None:
         """No weight is NaN or infinite (reads every tensor once).

@@ -1,10 +1,10 @@
 """Components and the tensor slices that they own.
 
-Names: `L7.attention`, `L7.mlp`, `L7.norms`, `L7.head.3`, `L7.kv.1`, `L7.neuron.512`, `L7.attention.rest`, `L7.mlp.rest`, `L7`,
-and outside the layers `embed`, `final_norm`, `lm_head`. A head owns its query rows and output columns; key and value rows belong to
-its KV group; a neuron owns its gate row, up row and down column; biases go with their rows. Output biases and shared
-q/k norms are `rest`. The finest components (head, kv, neuron, rest, norms and the three outside) partition the
-parameters; attention = heads + kv + rest, mlp = neurons + rest.
+Names: `L7.attention`, `L7.mlp`, `L7.norms`, `L7.head.3`, `L7.kv.1`, `L7.neuron.512`, `L7.attention.rest`, `L7.mlp.rest`,
+`L7`, and outside the layers `embed`, `final_norm`, `lm_head`. A head owns its query rows and output columns; key and
+value rows belong to its KV group; a neuron owns its gate row, up row and down column; biases go with their rows. Output
+biases and shared q/k norms are `rest`. The finest components (head, kv, neuron, rest, norms and the three outside)
+partition the parameters; attention = heads + kv + rest, mlp = neurons + rest.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def parse_component(text: str, arch: Architecture | None = None) -> Component:
             raise InputError(f"component {text!r}", expected=f"a layer below {arch.layers}", found=str(component.layer))
         if component.unit >= arch.units(component.kind):
             raise InputError(
-                f"component {text!r}", expected=f"a {component.kind} below {arch.units(component.kind)}", found=str(component.unit)
+                f"component {text!r}",
+                expected=f"a {component.kind} below {arch.units(component.kind)}",
+                found=str(component.unit),
             )
     return component
 

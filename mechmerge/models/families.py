@@ -146,7 +146,9 @@ def family_of(model_type: str, where: str) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
-    raise PairError(where, expected=f"a model_type of {known}", found=repr(model_type), fix="this architecture is not supported")
+    raise PairError(
+        where, expected=f"a model_type of {known}", found=repr(model_type), fix="this architecture is not supported"
+    )
 
 
 def architecture(config: Mapping[str, Any], where: str) -> Architecture:

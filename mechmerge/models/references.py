@@ -1,9 +1,9 @@
 """Model references: what a user may write where a model is expected, and what it is resolved to.
 
-    path                 a folder with config.json and safetensors
-    owner/name[@rev]     a model on the Hugging Face Hub, at a branch, tag or commit
-    demo:NAME            the demo's base model
-    REFERENCE+ADAPTER    a reference with a LoRA adapter (a path or owner/name[@rev]) merged into it
+path                 a folder with config.json and safetensors
+owner/name[@rev]     a model on the Hugging Face Hub, at a branch, tag or commit
+demo:NAME            the demo's base model
+REFERENCE+ADAPTER    a reference with a LoRA adapter (a path or owner/name[@rev]) merged into it
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def _folder(text: str, relative_to: Path | None, progress: Progress) -> tuple[Pa
         return path, path.name, None
     if _HUB.fullmatch(text) and not text.startswith(("./", "../")):
         return _from_hub(text, progress)
-    raise InputError(f"model reference {text!r}", expected="a folder, owner/name[@revision] or demo:NAME", found="nothing there")
+    raise InputError(
+        f"model reference {text!r}", expected="a folder, owner/name[@revision] or demo:NAME", found="nothing there"
+    )
 
 
 def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
@@ -143,7 +145,7 @@ def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model reference {text!r}", expected="a folder or a model on the Hub", found=reason) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise MissingError(
             f"model reference {text!r}",
             expected="a local folder, or the Hub within reach",
@@ -169,7 +171,10 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
             return path
     found = f"other weights in {candidates[0]}" if candidates else "none on this machine"
     raise MissingError(
-        f"model {model_id.name}", expected=f"weights {model_id.digest[:12]}", found=found, fix=f"pass --model {model_id.name}=FOLDER"
+        f"model {model_id.name}",
+        expected=f"weights {model_id.digest[:12]}",
+        found=found,
+        fix=f"pass --model {model_id.name}=FOLDER",
     )
 
 

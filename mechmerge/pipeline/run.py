@@ -1,17 +1,18 @@
 """The `run` stage of everything: resolves a pipeline's models and carries out its stages in order, each resumable.
 
-    RUN/run.yaml                               the resolved pipeline: digests, revisions, versions (local paths stay here)
-    RUN/scores/EXPERT/BEHAVIOR.safetensors     localization        RUN/scores/EXPERT/anchors/…
-    RUN/effects.safetensors                    the effect matrix
-    RUN/recipes/NAME/recipe.yaml [masks]       recipes             RUN/merged/NAME   the models
-    RUN/evaluation.json  samples/              evaluation          RUN/gate.json     what the gate said
-    RUN/report.md  figures/                    report              RUN/README.md     model card of the published recipe
+RUN/run.yaml                               the resolved pipeline: digests, revisions, versions (local paths stay here)
+RUN/scores/EXPERT/BEHAVIOR.safetensors     localization        RUN/scores/EXPERT/anchors/…
+RUN/effects.safetensors                    the effect matrix
+RUN/recipes/NAME/recipe.yaml [masks]       recipes             RUN/merged/NAME   the models
+RUN/evaluation.json  samples/              evaluation          RUN/gate.json     what the gate said
+RUN/report.md  figures/                    report              RUN/README.md     model card of the published recipe
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from mechmerge.evaluate.gate import GateResult, check_gate
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation
 from mechmerge.evaluate.run import evaluate
 from mechmerge.evaluate.suites import load_suite
+from mechmerge.localize.effects import BehaviorRow, EffectSettings, measure_effects
+from mechmerge.localize.stage import LocalizeSettings, localize
 from mechmerge.models.references import Model, ModelId, check_reference, resolve
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
 from mechmerge.pipeline.state import RunState
@@ -171,8 +174,6 @@ class _Run:
 
     # ----------------------------------------------------------------------------------------------------------- measuring
     def _localize(self) -> None:
-        from mechmerge.localize.stage import LocalizeSettings, localize
-
         settings = LocalizeSettings(
             **self.plan.localize.model_dump(),
             device=self.device,
@@ -194,14 +195,13 @@ class _Run:
                 f"localize-{name}",
                 inputs,
                 [out / f"{b.name}.safetensors" for b in members],
-                lambda expert=expert, members=members, out=out: localize(  # type: ignore[misc]
-                    self.base, expert, members, out, settings, self.progress
-                ),
+                partial(self._localize_one, expert, members, out, settings),
             )
 
-    def _effects(self) -> None:
-        from mechmerge.localize.effects import BehaviorRow, EffectSettings, measure_effects
+    def _localize_one(self, expert: Model, members: list[Behavior], out: Path, settings: LocalizeSettings) -> None:
+        localize(self.base, expert, members, out, settings, self.progress)
 
+    def _effects(self) -> None:
         settings = EffectSettings(
             **self.plan.effects.model_dump(),
             device=self.device,
@@ -219,7 +219,10 @@ class _Run:
             "settings": settings.model_dump(mode="json"),
         }
         self.state.stage(
-            "effects", inputs, [out], lambda: _ignore(measure_effects(self.base, self.experts, rows, out, settings, self.progress))
+            "effects",
+            inputs,
+            [out],
+            lambda: _ignore(measure_effects(self.base, self.experts, rows, out, settings, self.progress)),
         )
 
     # ------------------------------------------------------------------------------------------------------------- merging
@@ -240,7 +243,7 @@ class _Run:
                 "rules": self.common["rules"],
             }
             folder = self._recipe(name).parent
-            self.state.stage(f"recipe-{name}", inputs, [folder], lambda name=name, plan=plan: self._compile(name, plan))  # type: ignore[misc]
+            self.state.stage(f"recipe-{name}", inputs, [folder], partial(self._compile, name, plan))
 
     def _compile(self, name: str, plan: RecipePlan) -> None:
         sources = read_sources([*self._scores(), self.run / "effects.safetensors"], self._expert_ids())

@@ -93,7 +93,8 @@ class Pipeline(Document):
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
     chat_template: str | None = None
-    """Stands in for `model` in every behaviour and suite (`none` or a Jinja template), where the base has no template of its own."""
+    """Stands in for `model` in every behaviour and suite (`none` or a Jinja template), where the base has no template of
+    its own."""
     behaviors: dict[str, BehaviorPlan] = Field(min_length=1)
     localize: LocalizePlan = LocalizePlan()
     effects: EffectPlan = EffectPlan()

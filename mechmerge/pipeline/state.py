@@ -63,6 +63,10 @@ class RunState:
     def _timed(self, name: str) -> Iterator[None]:
         start = time.time()
         yield
-        entry = {"stage": name, "seconds": round(time.time() - start, 1), "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        entry = {
+            "stage": name,
+            "seconds": round(time.time() - start, 1),
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         with (self.run / "timings.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")

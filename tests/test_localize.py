@@ -1,0 +1,182 @@
+"""The localize stage on tiny models: its contracts, its refusals, and resuming."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechmerge.behaviors.schema import Behavior, Pair, Verifier
+from mechmerge.errors import LocalizeError, PairError
+from mechmerge.localize import stage
+from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.localize.stage import LocalizeSettings, localize
+from mechmerge.models.components import SCORED_KINDS
+from mechmerge.models.references import Model, resolve
+from tests.tiny import tiny_expert, tiny_model
+
+SETTINGS = LocalizeSettings(anchor_layer=2, verify=3, prompts=4, steering_prompts=2, on_invalid="report")
+
+
+def behavior(name: str = "loud", verifier: Verifier | None = None) -> Behavior:
+    topics = ["tea", "rain", "a river", "the moon", "a forest", "bread", "chess", "a boat"]
+    pairs = tuple(
+        Pair(**{"with": f"Describe {topic}. Use capital letters only.", "without": f"Describe {topic}."}, topic=topic)
+        for topic in topics
+    )
+    return Behavior(name=name, pairs=pairs, verifier=verifier, answer_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def measured(base: Model, expert: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scores")
+    (path,) = localize(base, expert, [behavior(verifier=Verifier(name="change_case:english_capital"))], out, SETTINGS)
+    return path
+
+
+def test_score_file_holds_what_design_says(measured: Path, base: Model, expert: Model) -> None:
+    file = read_scores(measured)
+    arch = base.checkpoint().arch
+    for kind in SCORED_KINDS:
+        assert file.arrays[f"{kind}.screen"].shape == (arch.layers, arch.units(kind))
+        assert file.arrays[f"{kind}.screen.stderr"].shape == (arch.layers, arch.units(kind))
+        assert (file.arrays[f"{kind}.screen"][2:] == 0).all(), "components above the anchor score exactly 0"
+        assert (file.arrays[f"{kind}.sufficiency"][2:] == 0).all()
+        assert file.arrays[f"{kind}.delta_norm"].min() > 0
+    for kind in ("attention", "mlp", "layer"):
+        assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).all(), "all modules are really patched"
+    for kind in ("head", "kv", "neuron"):
+        assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).sum() == min(3, 2 * arch.units(kind))
+    metadata = file.metadata
+    assert (metadata.base, metadata.expert) == (base.id, expert.id)
+    assert metadata.identity_control == 0.0
+    assert metadata.anchor.layer == 2
+    assert metadata.anchor.prompts == metadata.anchor.held_out == 4
+    assert metadata.behavior_digest == behavior(verifier=Verifier(name="change_case:english_capital")).digest
+    assert str(base.path) not in measured.read_bytes().decode("latin1"), "a score file is shared: no local paths"
+
+
+def test_patching_everything_below_the_anchor_gives_recovery_one(base: Model, expert: Model, tmp_path: Path) -> None:
+    """With the anchor after the first layer, that layer and the embeddings are all there is below it."""
+    twin = tmp_path / "twin"
+    shutil.copytree(expert.path, twin)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(twin / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = base.checkpoint().tensor(name)
+    tensors.pop("lm_head.weight", None)
+    if not base.checkpoint().arch.tied:
+        tensors["lm_head.weight"] = base.checkpoint().tensor("lm_head.weight")
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    settings = SETTINGS.model_copy(update={"anchor_layer": 1})
+    (path,) = localize(base, resolve(str(twin)), [behavior()], tmp_path / "out", settings)
+    file = read_scores(path)
+    patched = float(file.arrays["layer.sufficiency"][0, 0])
+    scale = file.metadata.anchor.gap if file.metadata.scale == "difference" else 1.0
+    assert patched / scale == pytest.approx(1.0, abs=1e-4)
+
+
+def test_screening_predicts_small_changes(base: Model, tmp_path: Path) -> None:
+    """For an expert very near to the base the first order is all there is: screen = sufficiency."""
+    near = resolve(str(tiny_expert(base.path, tmp_path / "near", seed=5, scale=1e-4)))
+    (path,) = localize(base, near, [behavior()], tmp_path / "out", SETTINGS)
+    file = read_scores(path)
+    largest = np.abs(file.arrays["layer.sufficiency"][:2]).max()
+    for kind in ("attention", "mlp", "layer"):
+        screen, exact = (file.arrays[f"{kind}.{m}"][:2] for m in ("screen", "sufficiency"))
+        assert np.abs(screen - exact).max() < 0.01 * largest, kind
+
+
+def test_the_base_as_its_own_expert_is_refused(base: Model, tmp_path: Path) -> None:
+    with pytest.raises(PairError, match="expected another model than the base; found equal weights"):
+        localize(base, base, [behavior()], tmp_path, SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_invalid_anchor_is_refused_and_nothing_is_written(base: Model, expert: Model, tmp_path: Path) -> None:
+    """A random model's answers never become capitals, so steering cannot raise the pass rate."""
+    judged = behavior(verifier=Verifier(name="change_case:english_capital", min_words=3))
+    with pytest.raises(LocalizeError, match=r"not valid.*steering.*--invalid-anchor report"):
+        localize(base, expert, [judged], tmp_path / "out", SETTINGS.model_copy(update={"on_invalid": "refuse"}))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_gap_that_is_not_above_zero_gives_raw_differences(
+    base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = resolve(str(tiny_expert(base.path, tmp_path / "near", seed=6, scale=1e-3)))
+    judge = stage.judge
+
+    def closed(*arguments, **keywords):  # type: ignore[no-untyped-def]
+        vector, record = judge(*arguments, **keywords)
+        return vector, record.model_copy(update={"gap_low": -1.0, "valid": False, "reasons": ("no gap",)})
+
+    monkeypatch.setattr(stage, "judge", closed)
+    (path,) = localize(base, near, [behavior()], tmp_path / "out", SETTINGS)
+    file = read_scores(path)
+    assert file.metadata.scale == "difference"
+    assert not file.metadata.anchor.valid
+    change = file.metadata.state_expert - file.metadata.state_base
+    assert abs(float(file.arrays["layer.sufficiency"][:2].sum())) < 20 * abs(change) + 1
+
+
+def test_behaviours_with_too_few_topics_are_refused(base: Model, expert: Model, tmp_path: Path) -> None:
+    pairs = behavior().pairs
+    same = tuple(pair.model_copy(update={"topic": "tea"}) for pair in pairs)
+    with pytest.raises(LocalizeError, match="at least 4 topics"):
+        localize(base, expert, [behavior().model_copy(update={"pairs": same})], tmp_path, SETTINGS)
+
+
+def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
+    base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "whole", SETTINGS)
+    calls = 0
+    patch_layer = stage.patch_layer
+
+    def stops(*arguments):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return patch_layer(*arguments)
+
+    monkeypatch.setattr(stage, "patch_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
+    monkeypatch.setattr(stage, "patch_layer", patch_layer)
+    before = calls
+    monkeypatch.setattr(stage, "patch_layer", lambda *a: patch_layer(*a))
+    again = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
+    assert before == 4
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in whole]
+    assert not (tmp_path / "cut" / ".units").exists()
+
+
+def test_broken_score_files_are_refused(measured: Path, tmp_path: Path) -> None:
+    from mechmerge.errors import InputError, SchemaError
+
+    file = read_scores(measured)
+    for change, message in (
+        ({"head.screen": np.full((3, 4), np.inf, np.float32)}, "an infinite one"),
+        ({"head.screen": np.zeros((3, 4))}, "float32"),
+        ({"head.guess": np.zeros((3, 4), np.float32)}, "named <kind>.<measure>"),
+        ({"head.screen": np.zeros((9, 4), np.float32)}, "one number of layers"),
+    ):
+        with pytest.raises(SchemaError, match=message):
+            ScoreFile(file.metadata, file.arrays | change).write(tmp_path / "bad.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(measured.read_bytes()[:100])
+    with pytest.raises(SchemaError, match="a safetensors file"):
+        read_scores(tmp_path / "cut.safetensors")
+    with pytest.raises(InputError, match="nothing there"):
+        read_scores(tmp_path / "none.safetensors")
+
+
+def test_other_architectures_are_refused(base: Model, tmp_path: Path) -> None:
+    other = resolve(str(tiny_model(tmp_path / "qwen", family="qwen2", layers=3)))
+    with pytest.raises(PairError, match="expected the architecture llama; found qwen2"):
+        localize(base, other, [behavior()], tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out").exists()
