@@ -219,7 +219,11 @@ def read_document(kind: type[D], path: Path) -> D:
 
 def to_yaml(document: Document) -> str:
     """A document as YAML in field order."""
-    text: str = yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    value = document.model_dump(mode="json")
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    if any(c in text for c in "\x85\u2028\u2029\ufeff"):
+        # PyYAML writes these line breaks plainly and reads them back as spaces.
+        text = yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=120)
     return text
 
 

@@ -293,7 +293,7 @@ def test_other_positions_are_refused_unless_the_base_rules(base: Model, expert: 
     scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}
     yarn = edit_config(copied(expert, tmp_path / "yarn"), rope_parameters=scaled)
     for folder, field in ((rope, "rope_theta"), (long, "context"), (yarn, "rope_scaling")):
-        with pytest.raises(PairError, match=f"{field}.*--positions base"):
+        with pytest.raises(PairError, match=rf"{field}.*--positions base"):
             check_pair(base.checkpoint(), Checkpoint(folder))
         check_pair(base.checkpoint(), Checkpoint(folder), positions="base")
 

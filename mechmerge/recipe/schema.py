@@ -9,7 +9,6 @@ A recipe with a `mergekit` block is a baseline: one of mergekit's own methods wi
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -135,7 +134,7 @@ class Recipe(Document):
 
 def _finite(value: float, where: str) -> None:
     # float32 is what is computed with: 1e300 would become infinite there.
-    if not math.isfinite(np.float32(value)):
+    if not abs(value) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{where}: {value} is not a finite float32")
 
 

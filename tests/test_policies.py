@@ -1,0 +1,258 @@
+"""Policies and controls: what they keep, what they drop, and what their masks must satisfy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechmerge.errors import InputError, SchemaError
+from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
+from mechmerge.localize.scores import ScoreFile
+from mechmerge.models.components import UNIT_KINDS
+from mechmerge.recipe.compile import shares
+from mechmerge.recipe.controls import magnitude_like, random_like
+from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top
+from mechmerge.recipe.schema import Masks
+from tests.measured import LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
+from tests.test_recipe import recipe
+
+NAMES = [f"{expert}.{kind}" for expert in ("first", "second") for kind in UNIT_KINDS]
+
+
+def with_arrays(file: EffectFile, **arrays: np.ndarray) -> EffectFile:
+    return EffectFile(file.metadata, file.arrays | {name.replace("_", "."): a for name, a in arrays.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------- conflict
+@pytest.mark.parametrize("agreement", [True, False])
+@pytest.mark.parametrize("weighting", ["own-gain", "equal"])
+def test_conflict_drops_exactly_what_harms_the_behaviours_together(agreement: bool, weighting: str) -> None:
+    file = effect_file(gains=(2.0, 0.5))
+    choice = conflict(file, agreement=agreement, weighting=weighting)  # type: ignore[arg-type]
+    weights = (1 / 2.0, 1 / 0.5) if weighting == "own-gain" else (1.0, 1.0)
+    dropped = 0
+    for e, expert in enumerate(file.metadata.experts):
+        assert choice.defaults[expert] == 1
+        for kind in UNIT_KINDS:
+            mask = choice.masks[f"{expert}.{kind}"]
+            for layer in range(LAYERS):
+                for unit in range(UNITS[kind]):
+                    if agreement:
+                        halves = [file.arrays[f"{kind}.half"][h, :, e, layer, unit] for h in (0, 1)]
+                    else:
+                        halves = [file.arrays[f"{kind}.effect"][:, e, layer, unit]]
+                    harms = all(weights[0] * float(h[0]) + weights[1] * float(h[1]) < 0 for h in halves)
+                    assert mask[layer, unit] == (0 if harms else 1)
+                    dropped += harms
+    assert 0 < dropped < mask.size * 6
+
+
+def test_agreement_drops_less() -> None:
+    file = effect_file()
+    strict, loose = conflict(file).masks, conflict(file, agreement=False).masks
+    assert sum((m == 0).sum() for m in strict.values()) < sum((m == 0).sum() for m in loose.values())
+
+
+def test_a_heavy_weight_decides_alone() -> None:
+    file = effect_file()
+    masks = conflict(file, weights={"sums": 1e9}, agreement=False).masks
+    for e, expert in enumerate(file.metadata.experts):
+        assert np.array_equal(masks[f"{expert}.neuron"] == 0, file.arrays["neuron.effect"][1, e] < 0)
+
+
+def test_an_effect_of_exactly_zero_is_kept() -> None:
+    file = effect_file()
+    quiet = with_arrays(file, head_half=np.zeros_like(file.arrays["head.half"]))
+    assert (conflict(quiet).masks["first.head"] == 1).all()
+
+
+def test_weights_are_divided_by_the_own_experts_gain() -> None:
+    behaviors = effect_file(gains=(2.0, 0.5)).metadata.behaviors
+    assert behavior_weights(behaviors).tolist() == [0.5, 2.0]
+    assert behavior_weights(behaviors, {"sums": 3.0}).tolist() == [0.5, 6.0]
+    assert behavior_weights(behaviors, {"sums": 3.0}, "equal").tolist() == [1.0, 3.0]
+    assert behavior_weights(effect_file(gains=(2.0, -0.5)).metadata.behaviors, None, "equal").tolist() == [1.0, 1.0]
+
+
+def test_weights_that_make_no_sense() -> None:
+    with pytest.raises(InputError, match=r"sums.*--weighting equal"):
+        conflict(effect_file(gains=(2.0, 0.0)))
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="weight of sums"):
+            conflict(effect_file(), weights={"sums": weight})
+    with pytest.raises(InputError, match="behaviours among formats, sums; found reading"):
+        conflict(effect_file(), weights={"reading": 1.0})
+
+
+def test_halves_are_needed_for_agreement() -> None:
+    file = effect_file()
+    bare = EffectFile(file.metadata, {name: a for name, a in file.arrays.items() if not name.endswith(".half")})
+    with pytest.raises(SchemaError, match=r"head\.half"):
+        conflict(bare)
+    assert conflict(bare, agreement=False).masks
+
+
+def test_the_prediction_is_the_effects_that_stay() -> None:
+    file = effect_file()
+    everything = predicted_change(file, {"first": 1.0, "second": 1.0}, {})
+    for b, name in enumerate(("formats", "sums")):
+        total = sum(float(file.arrays[f"{kind}.effect"][b].sum(dtype=np.float64)) for kind in EFFECT_KINDS)
+        assert everything[name] == pytest.approx(-total, abs=1e-5)
+    assert predicted_change(file, {"first": 0.0, "second": 0.0}, {}) == {"formats": 0.0, "sums": 0.0}
+    choice = conflict(file, agreement=False)
+    assert choice.predicted is not None
+    dropped = sum(
+        float(file.arrays[f"{k}.effect"][0, e][choice.masks[f"{n}.{k}"] == 0].sum(dtype=np.float64))
+        for e, n in enumerate(("first", "second"))
+        for k in UNIT_KINDS
+    )
+    assert choice.predicted["formats"] == pytest.approx(everything["formats"] + dropped, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------- top
+def parameters_taken(masks: Masks, expert: str) -> int:
+    return sum(int((masks[f"{expert}.{kind}"] > 0).sum()) * PARAMETERS[kind] for kind in UNIT_KINDS)
+
+
+TOTAL = LAYERS * sum(UNITS[kind] * PARAMETERS[kind] for kind in UNIT_KINDS)
+
+
+@given(budget=st.floats(0.01, 1), seed=st.integers(0, 50))
+@settings(max_examples=40)
+def test_top_takes_the_best_within_the_budget(budget: float, seed: int) -> None:
+    file = score_file(seed)
+    choice = top({"first": [file]}, budget)
+    assert choice.defaults == {"first": 0.0}
+    assert parameters_taken(choice.masks, "first") <= budget * TOTAL
+    taken, left = [], []
+    for kind in UNIT_KINDS:
+        score, mask = file.score(kind), choice.masks[f"first.{kind}"]
+        assert (score[mask > 0] > 0).all()
+        assert (mask[-1] == 0).all(), "above the anchor"
+        taken += score[mask > 0].tolist()
+        left += score[(mask == 0) & (score > 0)].tolist()
+    assert not taken or not left or min(taken) >= max(left)
+    if left:
+        assert parameters_taken(choice.masks, "first") + max(PARAMETERS.values()) > budget * TOTAL
+
+
+def test_scores_are_means_over_what_was_measured() -> None:
+    one, other = score_file(1), score_file(2, behavior="title")
+    for file, value in ((one, 5.0), (other, np.nan)):
+        file.arrays["head.screen"][0, 0] = value
+    one.arrays["head.screen"][0, 1], other.arrays["head.screen"][0, 1] = 6.0, -7.0
+    one.arrays["head.screen"][0, 2] = other.arrays["head.screen"][0, 2] = np.nan
+    masks = top({"first": [one, other]}, 1.0).masks
+    assert masks["first.head"][0, :3].tolist() == [1, 0, 0]
+    best = top({"first": [one, other]}, 513 / TOTAL).masks
+    assert best["first.head"][0, 0] == 1
+    assert parameters_taken(best, "first") == 512
+
+
+def test_raw_differences_do_not_enter_a_mean_of_recoveries() -> None:
+    one, other = score_file(1), score_file(2, behavior="title", scale="difference")
+    choice = top({"first": [one, other]}, 0.3)
+    alone = top({"first": [one]}, 0.3)
+    assert all(np.array_equal(choice.masks[n], alone.masks[n]) for n in alone.masks)
+    assert "title" in choice.notes[0]
+    assert top({"first": [other]}, 0.3).notes == ()
+
+
+def test_overlap() -> None:
+    one, other = score_file(1), score_file(1, SECOND)
+    other = ScoreFile(other.metadata, {n: a * 2 if n.endswith("screen") else a for n, a in other.arrays.items()})
+    both = {"first": [one], "second": [other]}
+    total, share, winner = (top(both, 0.2, overlap).masks for overlap in ("sum", "share", "winner"))  # type: ignore[arg-type]
+    chosen = total["first.neuron"] > 0
+    assert chosen.any()
+    assert np.array_equal(total["first.neuron"], total["second.neuron"])
+    assert (share["first.neuron"][chosen] == 0.5).all()
+    assert (share["first.neuron"] + share["second.neuron"])[chosen].tolist() == [1.0] * chosen.sum()
+    assert (winner["first.neuron"] == 0).all()
+    assert np.array_equal(winner["second.neuron"], total["second.neuron"])
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.01, float("nan")])
+def test_budgets_that_are_none(budget: float) -> None:
+    with pytest.raises(InputError, match="budget"):
+        top({"first": [score_file()]}, budget)
+
+
+def test_top_needs_scores() -> None:
+    with pytest.raises(InputError, match="first"):
+        top({"first": []}, 0.5)
+    file = score_file()
+    for name in ("head.parameters", "head.screen"):
+        bare = dataclasses.replace(file, arrays={n: a for n, a in file.arrays.items() if n != name})
+        with pytest.raises(SchemaError, match="head"):
+            top({"first": [bare]}, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- controls
+masks = st.integers(0, 2**32 - 1).map(
+    lambda seed: {
+        name: np.random.default_rng([seed, i]).choice(np.float32([0, 0.5, 1]), size=(LAYERS, UNITS[name.split(".")[1]]))
+        for i, name in enumerate(NAMES)
+    }
+)
+
+
+@given(masks, st.integers(0, 2**32 - 1), st.booleans())
+def test_random_keeps_the_counts_of_each_kind_and_expert(given_masks: Masks, seed: int, per_layer: bool) -> None:
+    before = {name: mask.copy() for name, mask in given_masks.items()}
+    drawn = random_like(given_masks, seed, per_layer)
+    assert list(drawn) == list(given_masks)
+    for name, mask in given_masks.items():
+        assert np.array_equal(mask, before[name])
+        assert np.array_equal(np.sort(drawn[name], axis=None), np.sort(mask, axis=None))
+        if per_layer:
+            assert np.array_equal(np.sort(drawn[name], axis=1), np.sort(mask, axis=1))
+    assert shares(recipe(), drawn, PARAMETERS) == shares(recipe(), given_masks, PARAMETERS)
+    again = random_like(dict(reversed(given_masks.items())), seed, per_layer)
+    assert all(np.array_equal(again[name], drawn[name]) for name in drawn)
+
+
+def test_random_shuffles_and_seeds_differ() -> None:
+    mask = {"first.neuron": (np.arange(LAYERS * 48) < 72).astype(np.float32).reshape(LAYERS, 48)}
+    draws = [random_like(mask, seed)["first.neuron"] for seed in range(5)]
+    assert len({draw.tobytes() for draw in draws}) == 5
+    assert np.mean([draw[-1].mean() for draw in draws]) == pytest.approx(0.5, abs=0.2)
+    assert random_like(mask, 0, per_layer=True)["first.neuron"][0].all()
+
+
+@given(masks, st.integers(0, 1000), st.booleans())
+def test_magnitude_keeps_the_counts_and_the_largest(given_masks: Masks, seed: int, per_layer: bool) -> None:
+    generator = np.random.default_rng(seed)
+    norms = {name: generator.random(mask.shape, np.float32) for name, mask in given_masks.items()}
+    made = magnitude_like(given_masks, norms, per_layer)
+    for name, mask in given_masks.items():
+        assert np.array_equal(np.sort(made[name], axis=None), np.sort(mask, axis=None))
+        rows = (
+            zip(made[name], norms[name], mask, strict=True)
+            if per_layer
+            else [(made[name].ravel(), norms[name].ravel(), mask.ravel())]
+        )
+        for row, norm, original in rows:
+            assert np.array_equal(np.sort(row), np.sort(original))
+            assert (np.diff(row[np.argsort(norm)]) >= 0).all(), "coefficients rise with the norms"
+
+
+def test_magnitude_needs_norms_of_every_mask() -> None:
+    mask = {"first.head": np.ones((3, 4), np.float32)}
+    for norms in ({}, {"first.head": np.ones((4, 3))}, {"first.head": np.full((3, 4), np.nan)}):
+        with pytest.raises(InputError, match=r"delta norms of first\.head"):
+            magnitude_like(mask, norms)
+
+
+def test_shares_are_said_by_kind() -> None:
+    mask = {"first.head": np.float32([[1, 0, 0, 0]] * 3), "first.kv": np.zeros((3, 2), np.float32)}
+    mask["first.neuron"] = np.full((3, 48), 0.5, np.float32)
+    first, second = shares(recipe(), mask, PARAMETERS)
+    assert (first["head"], first["kv"], first["neuron"]) == ("25.0 %", "0.0 %", "50.0 %")
+    expected = 100 * (0.25 * 12 * 512 + 0.5 * 144 * 96) / TOTAL
+    assert first["head + kv + neuron"] == f"{expected:.1f} %"
+    assert second["everything else"] == "0"

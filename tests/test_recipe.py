@@ -1,0 +1,429 @@
+"""The recipe's schema, its round trip through YAML, and how rules and masks become coefficients."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mechmerge.artifacts import parse_document, parse_yaml, to_yaml
+from mechmerge.cli.recipe import command
+from mechmerge.errors import InputError, MechmergeError, SchemaError
+from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS, Component
+from mechmerge.models.families import architecture
+from mechmerge.models.references import Model, ModelId
+from mechmerge.recipe.coefficients import coefficients
+from mechmerge.recipe.compile import POLICIES, compile_recipe, shares
+from mechmerge.recipe.schema import MaskFile, Policy, Recipe, RecipeExpert, Rule, Source, read_recipe, write_recipe
+from mechmerge.recipe.sources import expert_name, read_sources
+from tests.measured import BASE, FIRST, LAYERS, SECOND, UNITS, effect_file, score_file
+from tests.test_components import CONFIG
+
+ARCH = architecture(CONFIG, "config.json")
+UNTIED = dataclasses.replace(ARCH, tied=False)
+
+
+def recipe(*rules: tuple[str, str, float], defaults: tuple[float, float] = (1.0, 0.0)) -> Recipe:
+    return Recipe(
+        base=BASE,
+        experts={
+            "first": RecipeExpert(model=FIRST, default=defaults[0]),
+            "second": RecipeExpert(model=SECOND, default=defaults[1]),
+        },
+        policy=Policy(name="by hand"),
+        rules=tuple(Rule(component=c, expert=e, coefficient=v) for c, e, v in rules),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- round trip
+text = st.text(max_size=20)
+number = st.floats(-1e6, 1e6, allow_nan=False)
+identity = st.builds(ModelId, name=text, revision=st.none() | text, shards=st.dictionaries(text, text, max_size=2))
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,10}", fullmatch=True).filter(lambda name: name != "base")
+pattern = st.sampled_from(
+    ["embed", "final_norm", "L*", "L3", "L*.attention", "L2.mlp.rest", "L7.head.3", "L*.kv.*", "L0.neuron.*"]
+)
+sha = st.from_regex("[0-9a-f]{64}", fullmatch=True)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    experts = draw(st.dictionaries(names, st.builds(RecipeExpert, model=identity, default=number), min_size=1, max_size=3))
+    rule = st.builds(Rule, component=pattern, expert=st.sampled_from(sorted(experts)), coefficient=number)
+    return Recipe(
+        base=draw(identity),
+        experts=experts,
+        policy=draw(
+            st.builds(Policy, name=text, parameters=st.dictionaries(text, number | text | st.booleans() | st.integers()))
+        ),
+        rules=tuple(draw(st.lists(rule, max_size=4))),
+        masks=draw(st.none() | st.builds(MaskFile, file=st.just("masks.safetensors"), sha256=sha)),
+        predicted=draw(st.none() | st.dictionaries(text, number, max_size=2)),
+        provenance=tuple(draw(st.lists(st.builds(Source, file=text, kind=st.just("scores"), sha256=sha), max_size=2))),
+    )
+
+
+@given(recipes())
+def test_a_recipe_survives_yaml_exactly(made: Recipe) -> None:
+    written = to_yaml(made)
+    read = parse_document(Recipe, parse_yaml(written, "recipe.yaml"), "recipe.yaml")
+    assert read == made
+    assert list(read.experts) == list(made.experts)
+    assert to_yaml(read) == written
+
+
+def test_a_recipe_with_masks_survives_the_disk(tmp_path: Path) -> None:
+    masks = {
+        f"{e}.{k}": np.random.default_rng(1).random((LAYERS, n)).astype(np.float32)
+        for e in ("first", "second")
+        for k, n in UNITS.items()
+    }
+    written = write_recipe(tmp_path / "recipe.yaml", recipe(("L1", "first", 0.25)), masks)
+    read, found = read_recipe(tmp_path / "recipe.yaml")
+    assert read == written
+    assert found.keys() == masks.keys()
+    assert all(np.array_equal(found[name], masks[name]) for name in masks)
+    before = [(tmp_path / name).read_bytes() for name in ("recipe.yaml", "masks.safetensors")]
+    write_recipe(tmp_path / "recipe.yaml", read, found)
+    assert [(tmp_path / name).read_bytes() for name in ("recipe.yaml", "masks.safetensors")] == before
+
+
+def test_masks_that_were_changed_afterwards_are_refused(tmp_path: Path) -> None:
+    masks = {"first.head": np.ones((LAYERS, 4), np.float32)}
+    written = write_recipe(tmp_path / "recipe.yaml", recipe(), masks)
+    write_recipe(tmp_path / "other" / "recipe.yaml", recipe(), {"first.head": np.zeros((LAYERS, 4), np.float32)})
+    (tmp_path / "other" / "masks.safetensors").rename(tmp_path / "masks.safetensors")
+    assert written.masks is not None
+    with pytest.raises(SchemaError, match="sha256"):
+        read_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "masks.safetensors").unlink()
+    with pytest.raises(InputError, match="nothing there"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------------- schema
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "surprise: unknown key"),
+        ({"experts": {}}, "experts"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"out_dtype": "int8"}, "out_dtype"),
+        ({"rules": [{"component": "L1", "expert": "third", "coefficient": 1}]}, "expert 'third' is not among first, second"),
+        ({"rules": [{"component": "L1.heads.*", "expert": "first", "coefficient": 1}]}, "not a component or a pattern"),
+        ({"rules": [{"component": "L1*", "expert": "first", "coefficient": 1}]}, "not a component or a pattern"),
+        ({"rules": [{"component": "L1", "expert": "first", "coefficient": 1e300}]}, "not a finite float32"),
+        ({"rules": [{"component": "L1", "expert": "first", "coefficient": ".nan"}]}, "coefficient"),
+        ({"rules": [{"component": "L1", "expert": "first"}]}, "coefficient"),
+        ({"masks": {"file": "../masks.safetensors", "sha256": "0" * 64}}, "masks.file"),
+        ({"mergekit": {"method": "slerp"}}, "mergekit.method"),
+        (
+            {"mergekit": {"method": "ties"}, "rules": [{"component": "L1", "expert": "first", "coefficient": 1}]},
+            "exclude each other",
+        ),
+        ({"mergekit": {"method": "ties", "expert_parameters": {"third": {}}}}, "'third' is not among"),
+    ],
+)
+def test_recipes_that_break_the_schema(change: dict[str, Any], message: str) -> None:
+    document = parse_yaml(to_yaml(recipe()), "recipe.yaml") | change
+    with pytest.raises(SchemaError) as caught:
+        parse_document(Recipe, document, "recipe.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["base", "a.b", "", "a/b", "ü"])
+def test_names_that_no_expert_may_have(name: str) -> None:
+    with pytest.raises(ValueError, match="plain name"):
+        Recipe(base=BASE, experts={name: RecipeExpert(model=FIRST)}, policy=Policy(name="x"))
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"third.head": np.ones((3, 4), np.float32)},
+        {"first.layer": np.ones((3, 1), np.float32)},
+        {"first.head": np.ones((3, 4), np.float64)},
+        {"first.head": np.ones(4, np.float32)},
+        {"first.head": np.full((3, 4), np.nan, np.float32)},
+    ],
+)
+def test_masks_that_break_the_schema(tmp_path: Path, masks: dict[str, Any]) -> None:
+    with pytest.raises(SchemaError):
+        write_recipe(tmp_path / "recipe.yaml", recipe(), masks)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- coefficients
+def test_defaults_cover_everything_that_no_rule_names() -> None:
+    found = coefficients(recipe(defaults=(0.5, -2.0)), {}, ARCH)
+    for expert, value in (("first", 0.5), ("second", -2.0)):
+        for name in ("embed", "final_norm", "L0", "L1.attention", "L2.norms", "L2.head.3", "L0.mlp.rest", "L1.neuron.47"):
+            assert found.of(expert, name) == value
+
+
+def test_the_most_specific_rule_wins_whatever_the_order() -> None:
+    rules = [("L*", 0.1), ("L1", 0.2), ("L1.attention", 0.3), ("L1.head.*", 0.4), ("L1.head.2", 0.5), ("embed", 0.6)]
+    for order in (rules, rules[::-1]):
+        found = coefficients(recipe(*((c, "first", v) for c, v in order)), {}, ARCH)
+        expected = {
+            "L0": 0.1,
+            "L1.mlp": 0.2,
+            "L1.kv.1": 0.3,
+            "L1.attention.rest": 0.3,
+            "L1.head.0": 0.4,
+            "L1.head.2": 0.5,
+            "embed": 0.6,
+            "final_norm": 1.0,
+        }
+        for name, value in expected.items():
+            assert found.of("first", name) == np.float32(value), name
+        assert found.of("second", "L1.head.2") == 0
+
+
+def test_equally_specific_rules_must_agree_or_be_decided() -> None:
+    conflict = [("L1.attention", "first", 0.5), ("L*.head.2", "first", 0.25)]
+    with pytest.raises(InputError, match=r"L1\.head\.2 of first.*L1\.attention = 0\.5 and L\*\.head\.2 = 0\.25"):
+        coefficients(recipe(*conflict), {}, ARCH)
+    decided = coefficients(recipe(*conflict, ("L1.head.2", "first", 0.125)), {}, ARCH)
+    assert [decided.of("first", name) for name in ("L1.head.2", "L0.head.2", "L1.head.1")] == [0.125, 0.25, 0.5]
+    agreeing = [("L1.attention", "first", 0.5), ("L*.head.2", "first", 0.5)]
+    assert coefficients(recipe(*agreeing), {}, ARCH).of("first", "L1.head.2") == 0.5
+    with pytest.raises(InputError, match="one most specific rule"):
+        coefficients(recipe(("L1", "first", 0.5), ("L1", "first", 0.25)), {}, ARCH)
+    coefficients(recipe(("L1", "first", 0.5), ("L1", "second", 0.25)), {}, ARCH)
+
+
+@pytest.mark.parametrize("component", ["L3", "L*.head.4", "L0.neuron.48", "L9.neuron.*", "lm_head"])
+def test_rules_on_what_is_not_there(component: str) -> None:
+    with pytest.raises(InputError, match=r"expected .* below|untied"):
+        coefficients(recipe((component, "first", 0.5)), {}, ARCH)
+
+
+def test_a_tied_head_follows_the_embeddings_and_an_untied_one_does_not() -> None:
+    made = recipe(("embed", "first", 0.25))
+    assert coefficients(made, {}, ARCH).outside["first"]["lm_head"] == 0.25
+    assert coefficients(made, {}, UNTIED).of("first", "lm_head") == 1.0
+
+
+def test_masks_stand_above_modules_and_not_beside_units() -> None:
+    mask = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    found = coefficients(recipe(("L1.attention", "first", 0.75)), {"first.head": mask}, ARCH)
+    assert found.of("first", "L1.head.2") == mask[1, 2]
+    assert found.of("first", "L1.kv.0") == 0.75
+    with pytest.raises(InputError, match=r"no mask of the same units"):
+        coefficients(recipe(("L1.head.2", "first", 0.75)), {"first.head": mask}, ARCH)
+    with pytest.raises(InputError, match=r"\[3, 4\].*\[4, 3\]"):
+        coefficients(recipe(), {"first.head": mask.T.copy()}, ARCH)
+    with pytest.raises(InputError, match="one coefficient"):
+        found.of("first", "L1.attention")
+
+
+@given(
+    rules=st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["L*", "L0", "L1", "L*.attention", "L1.mlp", "L*.head.*", "L1.head.*", "L*.head.1", "L0.head.1", "L*.norms"]
+            ),
+            st.sampled_from([0.0, 0.5, 1.0]),
+        ),
+        max_size=5,
+    )
+)
+def test_coefficients_agree_with_a_plain_reading(rules: list[tuple[str, float]]) -> None:
+    """Against sets: a rule is a set of leaves, and the strongest are those with no rule strictly inside them."""
+    small = dataclasses.replace(ARCH, layers=2, neurons=2)
+    leaves = [(layer, kind, unit) for layer in range(2) for kind in LEAF_KINDS for unit in range(small.units(kind))]
+    attention, mlp = {"head", "kv", "attention.rest"}, {"neuron", "mlp.rest"}
+
+    def members(text: str) -> frozenset[tuple[int, str, int]]:
+        layer, _, rest = text.partition(".")
+        kind, _, unit = rest.partition(".")
+        kinds = {"": set(LEAF_KINDS), "attention": attention, "mlp": mlp}.get(kind, {kind})
+        return frozenset(
+            leaf for leaf in leaves if layer in ("L*", f"L{leaf[0]}") and leaf[1] in kinds and unit in ("", "*", str(leaf[2]))
+        )
+
+    # Sets must tell patterns apart; with two layers `L*` and a single layer never coincide.
+    sets = [(members(text), value) for text, value in rules]
+    expected: dict[tuple[int, str, int], float] = {}
+    clash = False
+    for leaf in leaves:
+        meeting = [(s, v) for s, v in sets if leaf in s]
+        top = {v for s, v in meeting if not any(other < s for other, _ in meeting)}
+        clash |= len(top) > 1
+        expected[leaf] = next(iter(top), 1.0)
+    made = recipe(*((text, "first", value) for text, value in rules))
+    if clash:
+        with pytest.raises(InputError, match="most specific"):
+            coefficients(made, {}, small)
+    else:
+        found = coefficients(made, {}, small)
+        assert {leaf: found.of("first", Component(*leaf)) for leaf in leaves} == expected
+
+
+# ------------------------------------------------------------------------------------------------------- sources and compile
+def test_files_are_grouped_by_expert_and_base(tmp_path: Path) -> None:
+    score_file(1).write(tmp_path / "a.safetensors")
+    score_file(2, SECOND, "sums").write(tmp_path / "b.safetensors")
+    effect_file().write(tmp_path / "effects.safetensors")
+    files = [tmp_path / name for name in ("b.safetensors", "effects.safetensors", "a.safetensors")]
+    found = read_sources(files)
+    assert list(found.experts) == ["first", "second"]
+    assert {name: [f.metadata.behavior for f in fs] for name, fs in found.scores.items()} == {
+        "first": ["formats"],
+        "second": ["sums"],
+    }
+    assert [source.file for source in found.provenance] == ["effects.safetensors", "a.safetensors", "b.safetensors"]
+    renamed = read_sources(files, {"x": SECOND, "y": FIRST})
+    assert renamed.effects is not None
+    assert list(renamed.effects.metadata.experts) == ["y", "x"]
+    assert [b.expert for b in renamed.effects.metadata.behaviors] == ["y", "x"]
+    other = score_file(3, base=FIRST)
+    other.write(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="expected the base base"):
+        read_sources([*files, tmp_path / "other.safetensors"])
+    with pytest.raises(InputError, match="second"):
+        read_sources([tmp_path / "effects.safetensors"] * 2)
+    with pytest.raises(InputError, match="an expert among x"):
+        read_sources([tmp_path / "b.safetensors"], {"x": FIRST})
+    with pytest.raises(InputError, match="nothing there"):
+        read_sources([tmp_path / "none.safetensors"])
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(SchemaError, match="text"):
+        read_sources([tmp_path / "text.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("demo:smollm2+formats", "formats"), ("owner/Model-1.5B", "Model-1-5B"), ("a b/ü", "expert"), ("x", "x")],
+)
+def test_experts_get_plain_names(name: str, expected: str) -> None:
+    assert expert_name(ModelId(name=name)) == expected
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> list[Path]:
+    score_file(1).write(tmp_path / "a.safetensors")
+    score_file(2, SECOND, "sums").write(tmp_path / "b.safetensors")
+    effect_file().write(tmp_path / "effects.safetensors")
+    return [tmp_path / name for name in ("a.safetensors", "b.safetensors", "effects.safetensors")]
+
+
+def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], tmp_path: Path) -> None:
+    sources = read_sources(measured)
+    like = compile_recipe("conflict", sources)
+    for policy in POLICIES:
+        control = policy in ("random", "magnitude")
+        parameters = {"budget": 0.3} if policy == "top" else {}
+        compiled = compile_recipe(policy, sources, parameters=parameters, like=(like.recipe, like.masks) if control else None)
+        write_recipe(tmp_path / policy / "recipe.yaml", compiled.recipe, compiled.masks)
+        read, masks = read_recipe(tmp_path / policy / "recipe.yaml")
+        assert masks.keys() == compiled.masks.keys()
+        assert (read.mergekit is None) == bool(masks)
+        if masks:
+            found = coefficients(read, masks, ARCH)
+            assert set(np.unique(found.units["first"]["neuron"])) <= {0.0, 1.0}
+            assert found.of("first", "embed") == (0.0 if policy == "top" else 1.0)
+        if control:
+            assert shares(read, masks, {}) == shares(like.recipe, like.masks, {})
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters", "message"),
+    [
+        ("best", {}, "one of conflict, top"),
+        ("top", {}, "budget"),
+        ("top", {"budget": 2}, "budget"),
+        ("top", {"budget": "half"}, "budget"),
+        ("top", {"budget": 0.5, "overlap": "max"}, "sum, share, winner"),
+        ("top", {"budget": 0.5, "density": 0.5}, "'density'"),
+        ("conflict", {"weighting": "own"}, "own-gain, equal"),
+        ("conflict", {"budget": 0.5}, "'budget'"),
+        ("conflict", {"weight.maths": 2.0}, "behaviours among formats, sums"),
+        ("conflict", {"weight.sums": -1.0}, "positive"),
+        ("random", {}, "like"),
+        ("ties", {"density": 1.5}, "density"),
+        ("task-arithmetic", {"density": 0.5}, "'density'"),
+        ("linear", {"weight": True}, "weight"),
+    ],
+)
+def test_parameters_that_a_policy_refuses(measured: list[Path], policy: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compile_recipe(policy, read_sources(measured), parameters=parameters)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_policies_say_which_files_they_lack(measured: list[Path]) -> None:
+    with pytest.raises(InputError, match="mechmerge effects"):
+        compile_recipe("conflict", read_sources(measured[:2]))
+    with pytest.raises(InputError, match="score files of second"):
+        compile_recipe("top", read_sources([measured[0], measured[2]]), parameters={"budget": 0.5})
+
+
+# ---------------------------------------------------------------------------------------------------------------------- CLI
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(command, [str(a) for a in arguments], standalone_mode=False)
+
+
+def test_the_command_writes_the_recipe_and_prints_shares(measured: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "made" / "recipe.yaml"
+    done = run(*measured, "--policy", "conflict", "--weight", "sums=2", "--out", out, "--format", "json", "--quiet")
+    assert done.exception is None, done.exception
+    assert '"expert": "first"' in done.stdout
+    made, masks = read_recipe(out)
+    assert made.policy.parameters == {"weight.sums": 2.0}
+    assert masks.keys() == {f"{e}.{k}" for e in ("first", "second") for k in UNIT_KINDS}
+    again = run(
+        *measured, "--policy", "random", "--like", out, "--seed", "3", "--per-layer", "--out", tmp_path / "r" / "recipe.yaml"
+    )
+    assert again.exception is None
+    shuffled, drawn = read_recipe(tmp_path / "r" / "recipe.yaml")
+    assert shuffled.policy == Policy(name="random like conflict", parameters={"per_layer": True}, seed=3)
+    assert all(np.array_equal(drawn[n].sum(1), masks[n].sum(1)) for n in masks)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--policy", "top", "--out", "recipe.yaml"),
+        ("--policy", "conflict", "--weight", "sums", "--out", "recipe.yaml"),
+        ("--policy", "ties", "--weight", "a=b", "--out", "recipe.yaml"),
+        ("--policy", "conflict", "--density", "0.5", "--out", "recipe.yaml"),
+    ],
+)
+def test_the_command_refuses(
+    measured: list[Path], tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*measured, *arguments)
+    assert isinstance(done.exception, MechmergeError)
+    assert done.exception.exit_code == 2
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_the_command_emits_stock_yaml_of_baselines(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
+    experts = {"first": expert.id, "second": second_expert.id}
+    effects = effect_file(experts=experts)
+    effects = type(effects)(effects.metadata.model_copy(update={"base": base.id}), effects.arrays)
+    effects.write(tmp_path / "effects.safetensors")
+    out = tmp_path / "recipe.yaml"
+    done = run(tmp_path / "effects.safetensors", "--policy", "ties", "--density", "0.3", "--emit", "stock", "--out", out)
+    assert done.exception is None, done.exception
+    emitted = parse_yaml((tmp_path / "mergekit.yaml").read_text(), "mergekit.yaml")
+    assert emitted["merge_method"] == "ties"
+    assert [entry["parameters"] for entry in emitted["models"]] == [{"weight": 1.0, "density": 0.3}] * 2
+    assert str(base.path) not in out.read_text()
+    refused = run(
+        tmp_path / "effects.safetensors", "--policy", "conflict", "--emit", "stock", "--out", tmp_path / "c" / "recipe.yaml"
+    )
+    assert isinstance(refused.exception, InputError)
+    assert "--emit masked" in str(refused.exception)
+    assert not (tmp_path / "c").exists()
