@@ -241,7 +241,7 @@ def test_killed_and_called_again_gives_the_same_bytes(done, trio, suites, tmp_pa
     evaluate(trio, suites, tmp_path / "evaluation.json", SETTINGS, Witness(), against=["zebra", "ant"])
     assert kept[:6] == [True] * 6, "finished batches are not made again"
     assert files(tmp_path) == files(done[1])
-    assert not list((tmp_path / "samples" / ".answers" / "units").iterdir())
+    assert not (tmp_path / "samples" / ".answers" / "units").exists()
     assert not list(tmp_path.rglob("*partial*"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -209,7 +210,7 @@ def test_the_same_recipe_gives_the_same_bytes(
         out = tmp_path / f"out{seed}"
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, file, out],
-            env=dict(__import__("os").environ) | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            env=dict(os.environ) | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
@@ -272,7 +273,7 @@ def test_a_second_call_does_nothing_and_another_recipe_is_refused(base: Model, e
     with pytest.raises(InputError, match="something else"):
         merge(other, tmp_path / "out")
     with pytest.raises(InputError, match="something else"):
-        merge(file, tmp_path / "out", expert="e") if len(read_recipe(file)[0].experts) > 1 else merge(other, base.path)
+        merge(other, base.path)
     (tmp_path / "empty").mkdir()
     merge(file, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -379,7 +380,7 @@ def test_nothing_is_left_when_something_fails(
     with pytest.raises(InputError, match=r"\[3, 4\]"):
         merge(written(tmp_path / "c", base, {"e": expert}, {"e.head": np.ones((3, 5), np.float32)}), out)
     nothing_under(out)
-    with pytest.raises(MechmergeError, match="finite weights.*coefficient"):
+    with pytest.raises(MechmergeError, match=r"finite weights.*coefficient"):
         merge(written(tmp_path / "d", base, {"e": expert}, default=1e8, out_dtype="float16"), out)
     nothing_under(out)
     broken = tmp_path / "nan"

@@ -16,6 +16,7 @@ from mechmerge.artifacts import parse_document, parse_yaml, to_yaml
 from mechmerge.cli.recipe import command
 from mechmerge.errors import InputError, MechmergeError, SchemaError
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS, Component
+from mechmerge.models.deltas import delta_norms
 from mechmerge.models.families import architecture
 from mechmerge.models.references import Model, ModelId
 from mechmerge.recipe.coefficients import coefficients
@@ -427,3 +428,21 @@ def test_the_command_emits_stock_yaml_of_baselines(base: Model, expert: Model, s
     assert isinstance(refused.exception, InputError)
     assert "--emit masked" in str(refused.exception)
     assert not (tmp_path / "c").exists()
+
+
+def test_magnitude_reads_norms_from_the_models_where_no_file_tells(
+    base: Model, expert: Model, second_expert: Model, tmp_path: Path
+) -> None:
+    effects = effect_file(experts={"first": expert.id, "second": second_expert.id})
+    effects = type(effects)(effects.metadata.model_copy(update={"base": base.id}), effects.arrays)
+    effects.write(tmp_path / "effects.safetensors")
+    like, out = tmp_path / "like" / "recipe.yaml", tmp_path / "made" / "recipe.yaml"
+    assert run(tmp_path / "effects.safetensors", "--policy", "conflict", "--out", like).exception is None
+    done = run(tmp_path / "effects.safetensors", "--policy", "magnitude", "--like", like, "--out", out)
+    assert done.exception is None, done.exception
+    made, masks = read_recipe(out)
+    assert made.policy.name == "magnitude like conflict"
+    norms = delta_norms(base.checkpoint(), second_expert.checkpoint())["neuron"]
+    kept = masks["second.neuron"] == 1
+    assert kept.sum() == (read_recipe(like)[1]["second.neuron"] == 1).sum()
+    assert norms[kept].min() >= norms[~kept].max()

@@ -146,7 +146,8 @@ class _Effects:
         self.opened = {name: expert.checkpoint() for name, expert in experts.items()}
         inputs = {
             "base": base.id.shards,
-            "experts": {name: expert.id.shards for name, expert in experts.items()},
+            # A list: the order of the experts is a dimension of the tensors, and digests do not see the order of a mapping.
+            "experts": [[name, expert.id.shards] for name, expert in experts.items()],
             "rows": [[row.name, row.expert, [member.digest for member in row.members]] for row in rows],
             "settings": settings.model_dump(mode="json", exclude={"tolerance", "max_nodes"}),
             "versions": versions(),

@@ -7,6 +7,7 @@ in float32, with c written element by element, component after component.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -40,7 +41,8 @@ def merged_tensor(name: str, base: Checkpoint, experts: Mapping[str, Checkpoint]
         found: the recipe's coefficients.
     """
     start = base.tensor(name).float()
-    total = torch.zeros_like(start)
-    for expert, checkpoint in experts.items():
-        total = total + coefficient_tensor(name, base, found, expert) * (checkpoint.tensor(name).float() - start)
-    return start + total
+    parts = [
+        coefficient_tensor(name, base, found, expert) * (checkpoint.tensor(name).float() - start)
+        for expert, checkpoint in experts.items()
+    ]
+    return start + functools.reduce(torch.add, parts)

@@ -156,7 +156,7 @@ class _Run:
         self.base, self.experts = record.base, record.experts
         self.common: dict[str, Any] = {
             "base": self.base.id.shards,
-            "experts": {name: model.id.shards for name, model in self.experts.items()},
+            "experts": [[name, model.id.shards] for name, model in self.experts.items()],
             "rules": [self.plan.vocabulary, self.plan.positions],
             "seed": self.plan.seed,
             "versions": record.versions,
@@ -288,7 +288,7 @@ class _Run:
         models = {"base": self.base} | self.experts | {name: resolve(str(self._merged(name))) for name in self.plan.recipes}
         settings = EvaluateSettings(dtype=plan.dtype, batch=plan.batch, device=self.device, seed=self.plan.seed)
         inputs = {
-            "models": {name: model.id.shards for name, model in models.items()},
+            "models": [[name, model.id.shards] for name, model in models.items()],
             "suites": [suite.digest for suite in suites],
             "settings": settings.model_dump(mode="json"),
             "versions": self.record.versions,
