@@ -66,7 +66,9 @@ def effect_file(
     return EffectFile(metadata, arrays)
 
 
-def score_file(seed: int = 0, expert: ModelId = FIRST, behavior: str = "formats", **changes: Any) -> ScoreFile:
+def score_file(
+    seed: int = 0, expert: ModelId = FIRST, behavior: str = "formats", *, valid: bool = True, **changes: Any
+) -> ScoreFile:
     """Scores of one expert: normal ones, the last layer exactly 0 (above the anchor), with norms and parameter counts."""
     generator = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
@@ -77,7 +79,7 @@ def score_file(seed: int = 0, expert: ModelId = FIRST, behavior: str = "formats"
         arrays[f"{kind}.screen"] = screen
         arrays[f"{kind}.delta_norm"] = generator.uniform(0.1, 1, size).astype(np.float32)
         arrays[f"{kind}.parameters"] = np.full(LAYERS, PARAMETERS.get(kind, 1000), np.int64)
-    anchor = AnchorRecord(layer=2, valid=True, separation=1.0, gap=1.0, gap_low=0.5, prompts=8, held_out=4)
+    anchor = AnchorRecord(layer=2, valid=valid, separation=1.0, gap=1.0, gap_low=0.5, prompts=8, held_out=4)
     metadata = ScoreMetadata(
         **{
             "base": BASE,

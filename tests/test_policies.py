@@ -153,13 +153,20 @@ def test_scores_are_means_over_what_was_measured() -> None:
     assert parameters_taken(best, "first") == 512
 
 
-def test_raw_differences_do_not_enter_a_mean_of_recoveries() -> None:
-    one, other = score_file(1), score_file(2, behavior="title", scale="difference")
-    choice = top({"first": [one, other]}, 0.3)
+def test_invalid_anchors_and_raw_differences_do_not_enter_a_mean_silently() -> None:
+    one = score_file(1)
+    steered = score_file(2, behavior="title", valid=False)
+    raw = score_file(3, behavior="quotation", valid=False, scale="difference")
+    choice = top({"first": [one, steered, raw]}, 0.3)
     alone = top({"first": [one]}, 0.3)
+    assert alone.notes == ()
     assert all(np.array_equal(choice.masks[n], alone.masks[n]) for n in alone.masks)
-    assert "title" in choice.notes[0]
-    assert top({"first": [other]}, 0.3).notes == ()
+    assert choice.notes == ("first: scores of title, quotation were left out of the mean, since their anchors are not valid",)
+    second = top({"first": [steered, raw]}, 0.3)
+    assert "quotation were left out of the mean, since they are raw differences" in second.notes[0]
+    assert second.notes[1] == "first: no anchor is valid; its scores may mean nothing"
+    only = top({"first": [steered]}, 0.3)
+    assert all(np.array_equal(second.masks[n], only.masks[n]) for n in only.masks)
 
 
 def test_overlap() -> None:

@@ -10,7 +10,7 @@ from mechmerge.artifacts import Document
 from mechmerge.evaluate.gate import Gate
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
 class BehaviorPlan(Document):
@@ -111,7 +111,7 @@ class Pipeline(Document):
 
         for name in (*self.experts, *self.recipes, *self.behaviors):
             if not re.match(NAME, name):
-                raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . -)")
+                raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
         taken = {"base", *self.experts}
         for name, plan in self.recipes.items():
             if name in taken:

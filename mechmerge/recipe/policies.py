@@ -137,8 +137,8 @@ def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overl
         overlap: what a component chosen for k experts gets: coefficient 1 for each (`sum`), 1/k (`share`), or 1 for the
             highest score alone (`winner`).
 
-    Components without a score, not above 0, or above the anchor are never taken. Where an expert has both files on the scale
-    of recovery and files of raw differences, the latter are left out, since they cannot be averaged.
+    Components without a score, not above 0, or above the anchor are never taken. Files whose anchor is not valid are left out
+    where an expert has valid ones, and raw differences where it has recoveries; the notes say so.
 
     Raises:
         InputError: a budget outside (0, 1], or an expert without score files.
@@ -166,10 +166,14 @@ def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> d
     """kind → float64 [layers, units], −inf where no file has a score."""
     if not files:
         raise InputError(f"expert {expert}", expected="at least one score file", found="none")
-    used = [file for file in files if file.metadata.scale == "recovery"] or list(files)
-    if len(used) < len(files):
-        left = ", ".join(file.metadata.behavior for file in files if file not in used)
-        notes.append(f"{expert}: scores of {left} are raw differences and were left out of the mean")
+    valid = [file for file in files if file.metadata.anchor.valid]
+    used = valid or [file for file in files if file.metadata.scale == "recovery"] or list(files)
+    left = ", ".join(file.metadata.behavior for file in files if file not in used)
+    if left:
+        reason = "their anchors are not valid" if valid else "they are raw differences"
+        notes.append(f"{expert}: scores of {left} were left out of the mean, since {reason}")
+    if not valid:
+        notes.append(f"{expert}: no anchor is valid; its scores may mean nothing")
     result: dict[str, Array] = {}
     for kind in UNIT_KINDS:
         stacked = np.stack([file.score(kind).astype(np.float64) for file in used])
