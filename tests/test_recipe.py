@@ -446,3 +446,16 @@ def test_magnitude_reads_norms_from_the_models_where_no_file_tells(
     kept = masks["second.neuron"] == 1
     assert kept.sum() == (read_recipe(like)[1]["second.neuron"] == 1).sum()
     assert norms[kept].min() >= norms[~kept].max()
+
+
+def test_recipes_can_share_a_folder(tmp_path: Path) -> None:
+    """Each keeps masks of its own: one recipe must not overwrite what another one names."""
+    ones = {"first.head": np.ones((3, 4), np.float32)}
+    zeros = {"first.head": np.zeros((3, 4), np.float32)}
+    one = write_recipe(tmp_path / "one.yaml", recipe(), ones)
+    other = write_recipe(tmp_path / "other.yaml", recipe(), zeros)
+    assert one.masks is not None
+    assert other.masks is not None
+    assert one.masks.file != other.masks.file
+    assert read_recipe(tmp_path / "one.yaml")[1]["first.head"].all()
+    assert not read_recipe(tmp_path / "other.yaml")[1]["first.head"].any()

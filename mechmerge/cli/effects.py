@@ -60,6 +60,7 @@ def command(
     from mechmerge.errors import InputError
     from mechmerge.localize.effects import BehaviorRow, EffectSettings, measure_effects
     from mechmerge.models.references import resolve
+    from mechmerge.recipe.sources import expert_name
 
     owners = named(behaviors, "--behavior")
     given = named(weights, "--weight")
@@ -72,8 +73,14 @@ def command(
     rows = [BehaviorRow(Path(n).stem, load_group(n), expert, numbers.get(n, 1.0)) for n, expert in owners.items()]
     set_threads(threads)
     progress = make_progress(quiet)
-    references = named([e if "=" in e else f"{e.rstrip('/').rsplit('/', 1)[-1]}={e}" for e in experts], "EXPERT")
-    models = {name: resolve(reference, progress=progress) for name, reference in references.items()}
+    models = {}
+    for text in experts:
+        name, sign, reference = text.partition("=")
+        model = resolve(reference if sign else text, progress=progress)
+        name = name if sign else expert_name(model.id)
+        if name in models:
+            raise InputError("EXPERT", expected="each name once", found=f"{name} twice", fix="write NAME=EXPERT")
+        models[name] = model
     file = measure_effects(resolve(base, progress=progress), models, rows, out, EffectSettings(**options), progress)
     table = [
         {

@@ -86,7 +86,7 @@ def command(
     if text is not None:
         from mechmerge.artifacts import write_text
 
-        write_text(out.with_name("mergekit.yaml"), text)
+        write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
     show(shares(recipe, compiled.masks, sources.unit_parameters()), output, f"recipe {recipe.policy.name}")
     if recipe.predicted is not None and output == "table":
         rows = [{"behavior": name, "predicted change of loss": round(value, 4)} for name, value in recipe.predicted.items()]

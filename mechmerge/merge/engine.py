@@ -32,7 +32,7 @@ from mechmerge.models.references import Model, ModelId, find
 from mechmerge.progress import SILENT, Progress, track
 from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
-from mechmerge.recipe.schema import MASKS_NAME, Masks, Recipe, read_recipe, write_recipe
+from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 
 RECIPE_NAME = "recipe.yaml"
 SHARD_BYTES = 5_000_000_000
@@ -118,7 +118,7 @@ def _done(recipe_file: Path, recipe: Recipe, masks: Masks, out: Path, restricted
             same = to_yaml(others.model_copy(update={"masks": None})) == to_yaml(recipe) and (
                 {n: m.tobytes() for n, m in other_masks.items()} == {n: m.tobytes() for n, m in masks.items()}
             )
-        if same and (recipe.masks is None or (out / MASKS_NAME).is_file()):
+        if same and (recipe.masks is None or (out / recipe.masks.file).is_file()):
             Checkpoint(out).check_complete()
             return True
     raise InputError(

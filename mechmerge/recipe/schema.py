@@ -169,15 +169,16 @@ def write_recipe(path: Path, recipe: Recipe, masks: Masks | None = None) -> Reci
     """Writes a recipe, its masks beside it first; returns it with the masks' digest filled in.
 
     Args:
-        path: `…/recipe.yaml`; masks go to `masks.safetensors` in the same folder.
+        path: `…/recipe.yaml`; masks go to `masks.safetensors` in the same folder, and those of another NAME.yaml to
+            `NAME.masks.safetensors`, so that recipes can share a folder.
         recipe: its `masks` field is set here.
         masks: coefficients of single units, or nothing.
     """
     if masks:
-        check_masks(masks, recipe, str(path.with_name(MASKS_NAME)))
-        target = path.with_name(MASKS_NAME)
+        target = path.with_name(MASKS_NAME if path.name == "recipe.yaml" else f"{path.stem}.{MASKS_NAME}")
+        check_masks(masks, recipe, str(target))
         write_arrays(target, masks, MaskMetadata())
-        recipe = recipe.model_copy(update={"masks": MaskFile(file=MASKS_NAME, sha256=sha256_file(target))})
+        recipe = recipe.model_copy(update={"masks": MaskFile(file=target.name, sha256=sha256_file(target))})
     elif recipe.masks is not None:
         recipe = recipe.model_copy(update={"masks": None})
     write_yaml(path, recipe)
