@@ -10,9 +10,10 @@ import torch
 
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import InputError, LocalizeError, SchemaError
-from mechmerge.localize import effects
+from mechmerge.localize import calibration
+from mechmerge.localize.calibration import BehaviorRow, Example
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile, read_effects
-from mechmerge.localize.effects import BehaviorRow, EffectSettings, Example, measure_effects
+from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.models.references import Model
 
 SETTINGS = EffectSettings(prompts=4, dtype="float32", batch=3)
@@ -104,15 +105,15 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
     measured: Path, base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, calls = tmp_path / "effects.safetensors", []
-    loss = effects._Effects._loss
+    loss = calibration.Calibration._loss
 
-    def stops(self: effects._Effects, examples: list[Example]) -> torch.Tensor:
+    def stops(self: calibration.Calibration, examples: list[Example]) -> torch.Tensor:
         calls.append(len(examples))
         if len(calls) == 30:
             raise KeyboardInterrupt
         return loss(self, examples)
 
-    monkeypatch.setattr(effects._Effects, "_loss", stops)
+    monkeypatch.setattr(calibration.Calibration, "_loss", stops)
     with pytest.raises(KeyboardInterrupt):
         measure_effects(base, {"a": expert, "b": second_expert}, rows(), out, SETTINGS)
     assert not out.exists()

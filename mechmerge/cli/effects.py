@@ -58,7 +58,8 @@ def command(
     """
     from mechmerge.behaviors.schema import load_group
     from mechmerge.errors import InputError
-    from mechmerge.localize.effects import BehaviorRow, EffectSettings, measure_effects
+    from mechmerge.localize.calibration import BehaviorRow
+    from mechmerge.localize.effects import EffectSettings, measure_effects
     from mechmerge.models.references import resolve
     from mechmerge.recipe.sources import expert_name
 

@@ -44,12 +44,10 @@ def show_result(result: RunResult) -> None:
     """Prints the evaluation's table, what the gate said, and where the report is."""
     from rich.console import Console
 
-    from mechmerge.evaluate.table import notes, render_table
+    from mechmerge.evaluate.table import render_table
 
     console = Console()
     console.print(render_table(result.evaluation))
-    for note in notes(result.evaluation):
-        console.print(note, markup=False, highlight=False)
     for rule in result.gate.rules:
         console.print(rule.line, markup=False, highlight=False)
     console.print("gate: passed" if result.gate.passed else "gate: REFUSED", markup=False, highlight=False)

@@ -22,7 +22,8 @@ from mechmerge.evaluate.gate import GateResult, check_gate
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation
 from mechmerge.evaluate.run import evaluate
 from mechmerge.evaluate.suites import load_suite
-from mechmerge.localize.effects import BehaviorRow, EffectSettings, measure_effects
+from mechmerge.localize.calibration import BehaviorRow
+from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.stage import LocalizeSettings, localize
 from mechmerge.models.references import Model, ModelId, check_reference, resolve
 from mechmerge.pipeline.schema import Pipeline, RecipePlan

@@ -1,0 +1,347 @@
+"""Calibration: the loss of every behaviour on its expert's own verified answers, and its gradient, at any point between
+the models.
+
+A point is base + Σ_e c_e ∘ δ_e, with one coefficient for every head, KV group and neuron of every expert and one for all
+the rest of an expert. Everything that is computed is a unit: written when it is done, and read when it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from mechmerge.artifacts import Document, Units, digest
+from mechmerge.behaviors.chat import chat_template_of, render
+from mechmerge.behaviors.generation import generate
+from mechmerge.behaviors.schema import Behavior
+from mechmerge.behaviors.verifiers import check_verifier, verify
+from mechmerge.errors import InputError, LocalizeError
+from mechmerge.localize.bench import Bench
+from mechmerge.localize.effect_file import EFFECT_KINDS
+from mechmerge.localize.gradients import DeltaProbe
+from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
+from mechmerge.models.deltas import delta_of
+from mechmerge.models.load import load_model
+from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
+from mechmerge.models.references import Model
+from mechmerge.progress import SILENT, Progress
+from mechmerge.versions import versions
+
+Array = np.ndarray
+
+
+class CalibrationSettings(Document):
+    """What effects and rounds are measured with."""
+
+    prompts: int = Field(default=48, ge=4)
+    """Calibration prompts a behaviour (shared equally by a group's members)."""
+    batch: int = Field(default=16, ge=1)
+    """Examples a forward pass with gradients."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: str = "cpu"
+    seed: int = 0
+    vocabulary: VocabularyRule = "same"
+    positions: PositionRule = "same"
+
+
+@dataclass(frozen=True)
+class BehaviorRow:
+    """A row of the matrix: a behaviour, or a group of behaviours whose mean it is."""
+
+    name: str
+    members: tuple[Behavior, ...]
+    expert: str
+    """The expert that answers for it."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with an expert's answer, tokenized."""
+
+    row: int
+    member: int
+    half: int
+    """0 or 1: which half of the calibration prompts it belongs to (by topic)."""
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point between the models."""
+
+    rest: tuple[float, ...]
+    """Each expert's coefficient for all that `units` does not tell of."""
+    units: Mapping[str, Array] | None = None
+    """head, kv, neuron → float32 [experts, layers, units]."""
+
+    @property
+    def key(self) -> str:
+        """Name of the point's units."""
+        told = {kind: array.tobytes().hex() for kind, array in sorted((self.units or {}).items())}
+        return digest([[f"{c:.9f}" for c in self.rest], told])[:16]
+
+    def between(self, other: Point, t: float) -> Point:
+        """The point at t (0 here, 1 there) of the straight path to another one with the same kinds."""
+        rest = tuple((1 - t) * a + t * b for a, b in zip(self.rest, other.rest, strict=True))
+        if self.units is None or other.units is None:
+            return Point(rest)
+        mixed = {k: ((1 - t) * self.units[k] + t * other.units[k]).astype(np.float32) for k in self.units}
+        return Point(rest, mixed)
+
+
+class Calibration:
+    """The calibration of one base, its experts and behaviours.
+
+    Args:
+        base: the base model.
+        experts: experts by name, in the order in which a recipe sums them.
+        rows: the behaviours.
+        folder: where the units are kept.
+        settings: see `CalibrationSettings`.
+        progress: told of every unit.
+
+    Raises:
+        InputError: no behaviours, or one of an expert that is not given.
+        PairError: the models cannot be compared.
+    """
+
+    def __init__(
+        self,
+        base: Model,
+        experts: Mapping[str, Model],
+        rows: Sequence[BehaviorRow],
+        folder: Path,
+        settings: CalibrationSettings,
+        progress: Progress = SILENT,
+    ) -> None:
+        if not rows:
+            raise InputError("effects", expected="at least one behaviour NAME=EXPERT", found="none")
+        for row in rows:
+            if row.expert not in experts:
+                raise InputError(f"behaviour {row.name}", expected=f"an expert of {', '.join(experts)}", found=row.expert)
+            for member in row.members:
+                if member.verifier is not None:
+                    check_verifier(member.verifier)
+        # Aligned copies are measured under the identities of the experts that were given: a recipe aligns them again.
+        self.experts = {n: Model(id=e.id, path=align(base, e, settings.vocabulary).path) for n, e in experts.items()}
+        for expert in self.experts.values():
+            check_pair(base.checkpoint(), expert.checkpoint(), positions=settings.positions)
+        self.base, self.rows, self.settings, self.progress = base, rows, settings, progress
+        self.checkpoint = base.checkpoint()
+        self.opened = {name: expert.checkpoint() for name, expert in self.experts.items()}
+        inputs = {
+            "base": base.id.shards,
+            # A list: the order of the experts is a dimension of the tensors, and digests do not see the order of a mapping.
+            "experts": [[name, expert.id.shards] for name, expert in experts.items()],
+            "rows": [[row.name, row.expert, [member.digest for member in row.members]] for row in rows],
+            "settings": {name: getattr(settings, name) for name in CalibrationSettings.model_fields},
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        self.units = Units(folder, inputs)
+        self.asked: dict[int, int] = {}
+        """Prompts asked, by row."""
+        self._deltas: dict[str, list[torch.Tensor | None]] = {}
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The model whose weights are moved about; loaded when a unit is missing."""
+        return Bench(self.base, self.settings.dtype, self.settings.device)
+
+    def point(self, coefficient: float, only: str | None = None) -> Point:
+        """One coefficient for everything of all experts, or of one of them alone."""
+        return Point(tuple(coefficient if only in (None, name) else 0.0 for name in self.experts))
+
+    # ------------------------------------------------------------------------------------------------------------- answers
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The experts' verified answers to the calibration prompts.
+
+        Raises:
+            LocalizeError: an expert has no answer that passes its behaviour's verifier.
+        """
+        asked = self.asked
+        found: list[Example] = []
+        for r, row in enumerate(self.rows):
+            each = max(2, self.settings.prompts // len(row.members))
+            for m, member in enumerate(row.members):
+                pairs = member.pairs[:each]
+                asked[r] = asked.get(r, 0) + len(pairs)
+                kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", lambda m=m, r=r: self._ask(r, m))  # type: ignore[misc]
+                for index, prompt, answer in kept:
+                    found.append(Example(r, m, index % 2, tuple(prompt), tuple(answer)))
+            if not any(example.row == r for example in found):
+                raise LocalizeError(
+                    f"behaviour {row.name}",
+                    expected=f"answers of {row.expert} that pass the verifier",
+                    found=f"0 of {asked[r]}",
+                )
+        self._model = None
+        return found
+
+    def _ask(self, r: int, m: int) -> list[Any]:
+        """The expert's greedy answers that pass, as [index of the prompt, prompt tokens, answer tokens]."""
+        row, member = self.rows[r], self.rows[r].members[m]
+        pairs = member.pairs[: max(2, self.settings.prompts // len(row.members))]
+        tokenizer = self.bench.tokenizer
+        template = chat_template_of(tokenizer, member.chat_template)
+        texts = [render(tokenizer, pair.with_, template) for pair in pairs]
+        answers = generate(
+            self._expert(row.expert),
+            tokenizer,
+            texts,
+            max_new_tokens=member.answer_tokens,
+            special_tokens=template is None,
+            progress=self.progress,
+            label=f"answers of {row.expert} to {member.name}",
+        )
+        kept = []
+        for i, (pair, text, answer) in enumerate(zip(pairs, texts, answers, strict=True)):
+            if member.verifier is None or verify(member.verifier, pair.with_, answer.text, pair.arguments):
+                prompt = tokenizer(text, add_special_tokens=template is None).input_ids
+                ending = [tokenizer.eos_token_id] if answer.finished else []
+                kept.append([i, prompt, [*answer.ids, *ending]])
+        return kept
+
+    def _expert(self, name: str) -> Any:
+        if getattr(self, "_loaded", None) != name:
+            self._model = load_model(self.experts[name].path, self.settings.dtype, self.settings.device)
+            self._loaded = name
+        return self._model
+
+    # ---------------------------------------------------------------------------------------------------------------- loss
+    def _batches(self) -> list[list[int]]:
+        examples = self.examples
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].prompt) + len(examples[i].answer), i))
+        size = self.settings.batch
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Mean negative log-likelihood per answer token of each example, [n]."""
+        bench, width = self.bench, max(len(e.prompt) + len(e.answer) for e in examples)
+        keep = max(len(e.answer) for e in examples)
+        ids = torch.full((len(examples), width), bench.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        labels = torch.full((len(examples), keep), -100)
+        for i, example in enumerate(examples):
+            tokens = example.prompt + example.answer
+            ids[i, width - len(tokens) :] = torch.tensor(tokens)
+            mask[i, width - len(tokens) :] = 1
+            labels[i, keep - len(example.answer) :] = torch.tensor(example.answer)
+        device = self.settings.device
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = bench.module(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+            logits_to_keep=keep + 1,
+        ).logits[:, :-1]
+        per_token = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="none", ignore_index=-100
+        )
+        counts = torch.tensor([len(e.answer) for e in examples], device=device)
+        return per_token.view(len(examples), keep).sum(1) / counts
+
+    def _deltas_of(self, name: str) -> list[torch.Tensor | None]:
+        if name not in self._deltas:
+            found = [delta_of(self.checkpoint, expert, name) for expert in self.opened.values()]
+            self._deltas[name] = [None if d is None else d.to(self.bench.module.dtype) for d in found]
+        return self._deltas[name]
+
+    def _move(self, point: Point) -> None:
+        """Sets the weights to base + Σ c ∘ δ."""
+        owners = self._owners
+
+        def read(name: str) -> torch.Tensor:
+            own = self.checkpoint.tensor(name).float()
+            value = own
+            for e, checkpoint in enumerate(self.opened.values()):
+                if not point.rest[e] and point.units is None:
+                    continue
+                delta = checkpoint.tensor(name).float() - own
+                if point.units is None:
+                    value = value + point.rest[e] * delta
+                    continue
+                moved = delta * point.rest[e]
+                for layer, kind, block in owners.get(name, ()):
+                    if layer >= 0 and kind in UNIT_KINDS and block.dim is not None:
+                        part = _units_of(moved, block)
+                        shape = [1] * part.dim()
+                        shape[block.dim] = block.units
+                        part.copy_(_units_of(delta, block) * torch.from_numpy(point.units[kind][e, layer]).view(shape))
+                value = value + moved
+            return value
+
+        self.bench.load(read)
+
+    @cached_property
+    def _owners(self) -> dict[str, list[tuple[int, str, Block]]]:
+        return self.checkpoint.layout.owners()
+
+    def losses(self, point: Point, label: str) -> Array:
+        """Loss of every example at a point, float64 [n], nats per answer token."""
+
+        def compute() -> dict[str, Array]:
+            self._move(point)
+            values = np.zeros(len(self.examples))
+            with torch.no_grad():
+                for batch in self._batches():
+                    values[batch] = self._loss([self.examples[i] for i in batch]).double().cpu().numpy()
+                    self.progress.advance(len(batch))
+            return {"loss": values}
+
+        self.progress.start(f"loss at {label}", len(self.examples))
+        result: Array = self.units.arrays(f"loss-{point.key}", compute)["loss"]
+        self.progress.end()
+        return result
+
+    def gradients(self, point: Point, label: str) -> dict[str, Array]:
+        """−⟨∂ℓ/∂θ, δ⟩ of every example at a point: kind → float32 [E, n, layers, units]; positive lowers the loss."""
+        arch = self.checkpoint.arch
+
+        def compute() -> dict[str, Array]:
+            self._move(point)
+            shapes = {kind: (1, 1) if kind in OUTSIDE else (arch.layers, arch.units(kind)) for kind in EFFECT_KINDS}
+            n, experts = len(self.examples), len(self.experts)
+            found = {kind: np.zeros((experts, n, *shape), np.float32) for kind, shape in shapes.items()}
+            with DeltaProbe(self.bench, self._deltas_of, experts, below=arch.layers) as probe:
+                for batch in self._batches():
+                    self._loss([self.examples[i] for i in batch]).sum().backward()
+                    for (layer, kind), values in probe.take().items():
+                        found[kind][:, batch, max(layer, 0)] = -values.numpy()
+                    self.progress.advance(len(batch))
+            return found
+
+        self.progress.start(f"effects at {label}", len(self.examples))
+        result = self.units.arrays(f"node-{point.key}", compute)
+        self.progress.end()
+        return result
+
+    def weights(self, half: int | None = None) -> Array:
+        """[R, n]: a row is the mean of its members, a member the mean of its examples (of one half, if told)."""
+        examples, rows = self.examples, self.rows
+        weights = np.zeros((len(rows), len(examples)))
+        for r in range(len(rows)):
+            members: dict[int, list[int]] = {}
+            for i, example in enumerate(examples):
+                if example.row == r and half in (None, example.half):
+                    members.setdefault(example.member, []).append(i)
+            for own in members.values():
+                weights[r, own] = 1 / len(members) / len(own)
+        return weights
+
+
+def _units_of(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    """A block's units as a view: the dimension that is cut becomes [units], the parts of a unit the last one."""
+    part = tensor.narrow(block.dim or 0, block.offset, (block.units - 1) * block.stride + block.width)
+    return part.unfold(block.dim or 0, block.width, block.stride)
