@@ -59,6 +59,24 @@ def pair_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return vocabulary(positions(function))
 
 
+def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Behaviours with their experts and weights, and how they are measured."""
+    options = (
+        click.option(
+            "--behavior", "behaviors", multiple=True, required=True, metavar="NAME=EXPERT",
+            help="A behaviour (name, file, or the group `formats`) and the expert that answers for it; repeat.",
+        ),
+        click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Weight of a behaviour (default 1)."),
+        click.option("--prompts", type=click.IntRange(4), default=48, show_default=True, help="Calibration prompts each."),
+        click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Examples a forward pass."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     """Prints rows with equal keys on stdout, as JSON or as a table."""
     if output == "json":

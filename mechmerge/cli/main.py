@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run a pipeline file: every stage, resumable."),
     "localize": ("localize", "Find which components of an expert carry a behaviour."),
     "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
+    "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
     "recipe": ("recipe", "Compile score and effect files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),

@@ -101,6 +101,7 @@ def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:
         "rules": tuple(rule for rule in recipe.rules if rule.expert == expert),
         "masks": None,
         "predicted": None,
+        "realised": None,
     }
     return recipe.model_copy(update=own), {name: mask for name, mask in masks.items() if name.rpartition(".")[0] == expert}
 

@@ -3,6 +3,7 @@
 RUN/run.yaml                               the resolved pipeline: digests, revisions, versions (local paths stay here)
 RUN/scores/EXPERT/BEHAVIOR.safetensors     localization        RUN/scores/EXPERT/anchors/…
 RUN/effects.safetensors                    the effect matrix
+RUN/rounds.safetensors                     coefficients settled in rounds, where a recipe asks for them
 RUN/recipes/NAME/recipe.yaml [masks]       recipes             RUN/merged/NAME   the models
 RUN/evaluation.json  samples/              evaluation          RUN/gate.json     what the gate said
 RUN/report.md  figures/                    report              RUN/README.md     model card of the published recipe
@@ -22,8 +23,9 @@ from mechmerge.evaluate.gate import GateResult, check_gate
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation
 from mechmerge.evaluate.run import evaluate
 from mechmerge.evaluate.suites import load_suite
-from mechmerge.localize.calibration import BehaviorRow
+from mechmerge.localize.calibration import BehaviorRow, CalibrationSettings
 from mechmerge.localize.effects import EffectSettings, measure_effects
+from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.stage import LocalizeSettings, localize
 from mechmerge.models.references import Model, ModelId, check_reference, resolve
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
@@ -166,6 +168,7 @@ class _Run:
     def all(self) -> tuple[Evaluation, GateResult]:
         self._localize()
         self._effects()
+        self._rounds()
         self._recipes()
         self._merge()
         evaluation = self._evaluate()
@@ -210,15 +213,8 @@ class _Run:
             vocabulary=self.plan.vocabulary,
             positions=self.plan.positions,
         )
-        rows = [
-            BehaviorRow(name, members, self.plan.behaviors[name].expert, self.plan.behaviors[name].weight)
-            for name, members in self.behaviors.items()
-        ]
-        out = self.run / "effects.safetensors"
-        inputs = self.common | {
-            "rows": [[row.name, row.expert, row.weight, [b.digest for b in row.members]] for row in rows],
-            "settings": settings.model_dump(mode="json"),
-        }
+        rows, out = self._rows(), self.run / "effects.safetensors"
+        inputs = self._measured_on(rows, settings)
         self.state.stage(
             "effects",
             inputs,
@@ -226,7 +222,37 @@ class _Run:
             lambda: _ignore(measure_effects(self.base, self.experts, rows, out, settings, self.progress)),
         )
 
+    def _rounds(self) -> None:
+        if not any(plan.policy == "rounds" for plan in self.plan.recipes.values()):
+            return
+        settings = RoundSettings(
+            **self.plan.rounds.model_dump(),
+            device=self.device,
+            seed=self.plan.seed,
+            vocabulary=self.plan.vocabulary,
+            positions=self.plan.positions,
+        )
+        rows, out = self._rows(), self.run / "rounds.safetensors"
+        inputs = self._measured_on(rows, settings)
+        self.state.stage(
+            "rounds", inputs, [out], lambda: _ignore(settle(self.base, self.experts, rows, out, settings, self.progress))
+        )
+
+    def _rows(self) -> list[BehaviorRow]:
+        plans = self.plan.behaviors
+        return [BehaviorRow(name, group, plans[name].expert, plans[name].weight) for name, group in self.behaviors.items()]
+
+    def _measured_on(self, rows: list[BehaviorRow], settings: CalibrationSettings) -> dict[str, Any]:
+        return self.common | {
+            "rows": [[row.name, row.expert, row.weight, [b.digest for b in row.members]] for row in rows],
+            "settings": settings.model_dump(mode="json"),
+        }
+
     # ------------------------------------------------------------------------------------------------------------- merging
+    def _measurements(self) -> list[Path]:
+        rounds = self.run / "rounds.safetensors"
+        return [*self._scores(), self.run / "effects.safetensors", *([rounds] if rounds.exists() else [])]
+
     def _scores(self) -> list[Path]:
         return sorted((self.run / "scores").glob("*/*.safetensors"))
 
@@ -234,7 +260,7 @@ class _Run:
         return self.run / "recipes" / name / "recipe.yaml"
 
     def _recipes(self) -> None:
-        measured = {str(p.relative_to(self.run)): sha256_file(p) for p in [*self._scores(), self.run / "effects.safetensors"]}
+        measured = {str(p.relative_to(self.run)): sha256_file(p) for p in self._measurements()}
         for name, plan in self.plan.recipes.items():
             like = self._recipe(plan.like) if plan.like else None
             inputs = {
@@ -247,7 +273,7 @@ class _Run:
             self.state.stage(f"recipe-{name}", inputs, [folder], partial(self._compile, name, plan))
 
     def _compile(self, name: str, plan: RecipePlan) -> None:
-        sources = read_sources([*self._scores(), self.run / "effects.safetensors"], self._expert_ids())
+        sources = read_sources(self._measurements(), self._expert_ids())
         compiled = compile_recipe(
             plan.policy,
             sources,
@@ -314,7 +340,7 @@ class _Run:
         from mechmerge.report.summary import write_report
 
         files = find_run_files(self.run)
-        known = [*files.scores, *files.recipes.values(), self.run / "effects.safetensors", self.run / "evaluation.json"]
+        known = [*self._measurements(), *files.recipes.values(), self.run / "evaluation.json"]
         inputs = {
             "files": {str(path.relative_to(self.run)): sha256_file(path) for path in [*known, self.run / "gate.json"]},
             "texts": [self.plan.title, self.plan.notes, self.plan.publish, self.plan.license],

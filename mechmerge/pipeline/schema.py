@@ -45,10 +45,19 @@ class EffectPlan(Document):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+class RoundsPlan(Document):
+    """Settings of the rounds, which are run where a recipe has the policy `rounds`; see `RoundSettings`."""
+
+    prompts: int = Field(default=48, ge=4)
+    max_rounds: int = Field(default=4, ge=1, le=4)
+    batch: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
 class RecipePlan(Document):
     """One recipe: a policy and its parameters."""
 
-    policy: Literal["conflict", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"]
+    policy: Literal["conflict", "rounds", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"]
     like: str | None = None
     """For the controls: the recipe whose shares they copy (an earlier one of this file)."""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -98,6 +107,7 @@ class Pipeline(Document):
     behaviors: dict[str, BehaviorPlan] = Field(min_length=1)
     localize: LocalizePlan = LocalizePlan()
     effects: EffectPlan = EffectPlan()
+    rounds: RoundsPlan = RoundsPlan()
     recipes: dict[str, RecipePlan] = Field(min_length=1)
     publish: str
     """The recipe that is gated and gets a model card."""

@@ -13,14 +13,14 @@ from mechmerge.errors import InputError
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
 from mechmerge.recipe.controls import magnitude_like, random_like
-from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, top
+from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, rounds, top
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
 from mechmerge.recipe.sources import Sources
 
 CONTROLS = ("random", "magnitude")
 BASELINES: dict[str, str] = {"task-arithmetic": "task_arithmetic", "linear": "linear", "ties": "ties", "dare-ties": "dare_ties"}
 """Our names of mergekit's methods."""
-POLICIES: tuple[str, ...] = ("conflict", "top", *CONTROLS, *BASELINES)
+POLICIES: tuple[str, ...] = ("conflict", "rounds", "top", *CONTROLS, *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,15 @@ def compile_recipe(
     if like is not None:
         return _control(policy, sources, given, seed, like, delta_norms, common)
     settings = _conflict_settings(given) if policy == "conflict" else given
-    choice = _call(policy, conflict if policy == "conflict" else top, _measured(policy, sources), settings)
+    functions: dict[str, Callable[..., Choice]] = {"conflict": conflict, "rounds": rounds, "top": top}
+    choice = _call(policy, functions[policy], _measured(policy, sources), settings)
     experts = {name: RecipeExpert(model=model, default=choice.defaults[name]) for name, model in sources.experts.items()}
     recipe = Recipe(
         base=sources.base,
         experts=experts,
         policy=Policy(name=policy, parameters=given),
         predicted=choice.predicted,
+        realised=choice.realised,
         provenance=sources.provenance,
         **common,
     )
@@ -90,6 +92,10 @@ def compile_recipe(
 
 
 def _measured(policy: str, sources: Sources) -> Any:
+    if policy == "rounds":
+        if sources.rounds is None:
+            raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
+        return sources.rounds
     if policy == "conflict":
         if sources.effects is None:
             raise InputError(
@@ -191,6 +197,7 @@ def _control(
             "policy": Policy(name=name, parameters=given, seed=seed if policy == "random" else None),
             "masks": None,
             "predicted": _predicted(sources, model, drawn),
+            "realised": None,
             "provenance": sources.provenance,
             **common,
         }

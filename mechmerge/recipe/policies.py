@@ -4,10 +4,11 @@
     path from the base to the sum are integrated gradients (Sundararajan et al., https://arxiv.org/abs/1703.01365) of the
     components' deltas. New here: a component's verdict is its effect summed over all behaviours, each divided by
     its own expert's gain, and it must hold on both halves of the calibration prompts.
+`rounds`: the same question asked where the decision is taken, in rounds of measuring (localize/rounds.py).
 `top`: the best share of each expert by its localization score ("Weight Patching", arXiv 2604.13694, ranks components so), where
     DARE keeps a random share (https://arxiv.org/abs/2311.03099) and TIES the largest (https://arxiv.org/abs/2306.01708).
 
-Both are pure: the same files give the same coefficients.
+All are pure: the same files give the same coefficients.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile
+from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import Array, Masks
@@ -40,6 +42,8 @@ class Choice:
     """Predicted change of loss against the base by behaviour, nats per answer token (negative is better)."""
     notes: tuple[str, ...] = field(default=())
     """What a user should know of how the files were used."""
+    realised: dict[str, float] | None = None
+    """Measured change of loss against the base by behaviour, where it was measured at this very choice."""
 
 
 def behavior_weights(
@@ -109,6 +113,27 @@ def conflict(
             masks[f"{expert}.{kind}"] = np.where(harmful[i], 0, 1).astype(np.float32)
     defaults = dict.fromkeys(metadata.experts, 1.0)
     return Choice(defaults, masks, predicted_change(effects, defaults, masks))
+
+
+def rounds(file: RoundsFile) -> Choice:
+    """The coefficients that were settled in rounds (localize/rounds.py); everything else of every expert at 1.
+
+    The file has measured the change of loss at this very merge, so the prediction is what the accepted rounds predicted
+    on top of the measured loss of the sum, and what was realised stands beside it.
+    """
+    metadata = file.metadata
+    masks = {f"{e}.{k}": file.arrays[f"{k}.coefficient"][i] for k in UNIT_KINDS for i, e in enumerate(metadata.experts)}
+    accepted = [record for record in metadata.rounds if record.accepted]
+    predicted = {b.name: b.loss_sum - b.loss_base + sum(r.predicted[b.name] for r in accepted) for b in metadata.behaviors}
+    realised = {b.name: b.loss_merge - b.loss_base for b in metadata.behaviors}
+    notes = () if accepted else ("no round raised the weighted gain: this is the sum of the experts",)
+    return Choice(
+        dict.fromkeys(metadata.experts, 1.0),
+        masks,
+        {name: round(value, 6) for name, value in predicted.items()},
+        notes,
+        {name: round(value, 6) for name, value in realised.items()},
+    )
 
 
 def predicted_change(effects: EffectFile, defaults: Mapping[str, float], masks: Masks) -> dict[str, float]:

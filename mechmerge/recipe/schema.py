@@ -80,7 +80,7 @@ class Source(Document):
 
     file: str
     """Its name without local folders."""
-    kind: Literal["scores", "effects", "recipe"]
+    kind: Literal["scores", "effects", "rounds", "recipe"]
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -111,6 +111,8 @@ class Recipe(Document):
     positions: PositionRule = "same"
     predicted: dict[str, float] | None = None
     """Predicted change of each behaviour's loss against the base, in nats per answer token (negative is better)."""
+    realised: dict[str, float] | None = None
+    """The change that was measured at this recipe's coefficients on the calibration answers, where it was."""
     provenance: tuple[Source, ...] = ()
 
     @model_validator(mode="after")

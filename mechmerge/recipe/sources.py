@@ -10,6 +10,7 @@ from pathlib import Path
 from mechmerge.artifacts import METADATA_KEY, parse_json, sha256_file
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EffectFile, read_effects
+from mechmerge.localize.rounds_file import RoundsFile, read_rounds
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
@@ -24,14 +25,16 @@ class Sources:
     experts: dict[str, ModelId]
     """By name, in the order in which a recipe sums them."""
     effects: EffectFile | None = None
+    rounds: RoundsFile | None = None
     scores: dict[str, list[ScoreFile]] = field(default_factory=dict)
     """Score files by expert name."""
     provenance: tuple[Source, ...] = ()
 
     def unit_parameters(self) -> dict[str, int]:
         """Parameters of one head, KV group and neuron, where a file tells."""
-        if self.effects is not None:
-            return dict(self.effects.metadata.parameters)
+        for file in (self.effects, self.rounds):
+            if file is not None:
+                return dict(file.metadata.parameters)
         for files in self.scores.values():
             return {kind: int(files[0].arrays[f"{kind}.parameters"][0]) for kind in UNIT_KINDS}
         return {}
@@ -66,6 +69,7 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
     if not files:
         raise InputError("recipe", expected="score files or an effect file", found="none")
     effects: EffectFile | None = None
+    settled: RoundsFile | None = None
     scored: list[ScoreFile] = []
     provenance = []
     bases: dict[str, ModelId] = {}
@@ -77,6 +81,12 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
             effects = read_effects(path)
             base = effects.metadata.base
             provenance.append(Source(file=path.name, kind="effects", sha256=sha256_file(path)))
+        elif kind == "rounds":
+            if settled is not None:
+                raise InputError(str(path), expected="one rounds file", found="a second one")
+            settled = read_rounds(path)
+            base = settled.metadata.base
+            provenance.append(Source(file=path.name, kind="rounds", sha256=sha256_file(path)))
         else:
             file = read_scores(path)
             scored.append(file)
@@ -86,9 +96,15 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
         if len(bases) > 1:
             first, other = (f"{model.name} ({model.digest[:12]})" for model in bases.values())
             raise InputError(str(path), expected=f"the base {first}", found=other, fix="measure all files against one base")
-    named = dict(experts) if experts is not None else dict(effects.metadata.experts) if effects is not None else _names(scored)
+    measured = effects.metadata.experts if effects is not None else settled.metadata.experts if settled is not None else None
+    named = dict(experts) if experts is not None else dict(measured) if measured is not None else _names(scored)
     if effects is not None:
         effects = _renamed(effects, named)
+    if settled is not None:
+        names = {model.digest: name for name, model in named.items()}
+        for name, model in settled.metadata.experts.items():
+            if names.get(model.digest) != name:
+                raise InputError("rounds file", expected=f"experts named {', '.join(named)}", found=name)
     scores: dict[str, list[ScoreFile]] = {}
     for name, model in named.items():
         mine = [file for file in scored if file.metadata.expert.digest == model.digest]
@@ -103,7 +119,12 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
                 found=file.metadata.expert.name,
             )
     return Sources(
-        next(iter(bases.values())), named, effects, scores, tuple(sorted(provenance, key=lambda s: (s.kind, s.file, s.sha256)))
+        next(iter(bases.values())),
+        named,
+        effects,
+        settled,
+        scores,
+        tuple(sorted(provenance, key=lambda s: (s.kind, s.file, s.sha256))),
     )
 
 
@@ -119,8 +140,8 @@ def _kind(path: Path) -> str:
         raise SchemaError(str(path), expected="a score or effect file", found=str(error)) from None
     document = parse_json(text, str(path)) if text is not None else None
     kind = document.get("kind") if isinstance(document, dict) else None
-    if kind not in ("scores", "effects"):
-        raise SchemaError(str(path), expected="a score or effect file", found=f"kind {kind!r}")
+    if kind not in ("scores", "effects", "rounds"):
+        raise SchemaError(str(path), expected="a score, effect or rounds file", found=f"kind {kind!r}")
     return str(kind)
 
 

@@ -1,0 +1,54 @@
+"""Experts and behaviours as `effects` and `rounds` take them on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechmerge.cli.common import named
+from mechmerge.errors import InputError
+from mechmerge.progress import Progress
+
+if TYPE_CHECKING:
+    from mechmerge.localize.calibration import BehaviorRow
+    from mechmerge.models.references import Model
+
+
+def open_experts(texts: Sequence[str], progress: Progress) -> dict[str, Model]:
+    """Resolves [NAME=]EXPERT arguments; a name is made from the model's where none is given.
+
+    Raises:
+        InputError: a name twice, or not a reference.
+    """
+    from mechmerge.models.references import resolve
+    from mechmerge.recipe.sources import expert_name
+
+    models: dict[str, Model] = {}
+    for text in texts:
+        name, sign, reference = text.partition("=")
+        model = resolve(reference if sign else text, progress=progress)
+        name = name if sign else expert_name(model.id)
+        if name in models:
+            raise InputError("EXPERT", expected="each name once", found=f"{name} twice", fix="write NAME=EXPERT")
+        models[name] = model
+    return models
+
+
+def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[BehaviorRow]:
+    """Parses NAME=EXPERT behaviours and NAME=NUMBER weights.
+
+    Raises:
+        InputError: a weight that is not a number, or of a behaviour that is not given.
+    """
+    from mechmerge.behaviors.schema import load_group
+    from mechmerge.localize.calibration import BehaviorRow
+
+    owners, given = named(behaviors, "--behavior"), named(weights, "--weight")
+    try:
+        numbers = {name: float(value) for name, value in given.items()}
+    except ValueError:
+        raise InputError("--weight", expected="NAME=NUMBER", found=" ".join(weights)) from None
+    if unknown := numbers.keys() - owners.keys():
+        raise InputError("--weight", expected=f"one of {', '.join(owners)}", found=", ".join(sorted(unknown)))
+    return [BehaviorRow(Path(name).stem, load_group(name), expert, numbers.get(name, 1.0)) for name, expert in owners.items()]

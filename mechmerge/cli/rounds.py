@@ -1,0 +1,75 @@
+"""`mechmerge rounds`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mechmerge.cli.common import (
+    calibration_options,
+    device_option,
+    format_option,
+    make_progress,
+    pair_options,
+    quiet_option,
+    set_threads,
+    show,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
+@calibration_options
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The rounds file.")
+@click.option("--max-rounds", type=click.IntRange(1, 4), default=4, show_default=True, help="Most rounds.")
+@pair_options
+@device_option
+@threads_option
+@quiet_option
+@format_option
+def command(
+    base: str,
+    experts: tuple[str, ...],
+    behaviors: tuple[str, ...],
+    weights: tuple[str, ...],
+    out: Path,
+    threads: int | None,
+    quiet: bool,
+    output: str,
+    **options: Any,
+) -> None:
+    """Settle which components a merge takes, measuring where the decision is taken.
+
+    Starts from the sum of the experts; each round turns components over whose effect at the current merge, and along the
+    path to the change, agrees on both halves of the calibration prompts; stops when the measured gain stops rising.
+    Trains nothing.
+    """
+    from mechmerge.cli.models import behavior_rows, open_experts
+    from mechmerge.localize.rounds import RoundSettings, settle
+    from mechmerge.models.references import resolve
+
+    rows = behavior_rows(behaviors, weights)
+    set_threads(threads)
+    progress = make_progress(quiet)
+    models = open_experts(experts, progress)
+    file = settle(resolve(base, progress=progress), models, rows, out, RoundSettings(**options), progress)
+    show(
+        [
+            {
+                "round": number,
+                "proposed": record.proposed,
+                "changed": record.changed,
+                "weighted gain": round(record.gain, 3),
+                "accepted": "yes" if record.accepted else "no",
+                **{f"{name}: predicted": round(value, 3) for name, value in record.predicted.items()},
+                **{f"{name}: realised": round(value, 3) for name, value in record.realised.items()},
+            }
+            for number, record in enumerate(file.metadata.rounds, 1)
+        ],
+        output,
+        "rounds",
+    )
