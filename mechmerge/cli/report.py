@@ -27,6 +27,7 @@ def command(run: Path, output: str) -> None:
         files.evaluation,
         run,
         gate=files.gate,
+        rounds=files.rounds,
         title=files.title,
         notes=files.notes,
     )

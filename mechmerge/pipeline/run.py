@@ -355,6 +355,7 @@ class _Run:
                 files.evaluation,
                 self.run,
                 gate=self.run / "gate.json",
+                rounds=files.rounds,
                 title=self.plan.title,
                 notes=self.plan.notes,
             )

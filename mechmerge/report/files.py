@@ -16,6 +16,7 @@ class RunFiles(NamedTuple):
     scores: tuple[Path, ...]
     """Score files, sorted by expert and behaviour."""
     effects: Path | None
+    rounds: Path | None
     recipes: dict[str, Path]
     """Recipes by name; a single `RUN/recipe.yaml` is called `merged`."""
     evaluation: Path | None
@@ -48,6 +49,7 @@ def find_run_files(run: Path) -> RunFiles:
     found = RunFiles(
         scores=tuple(sorted(run.glob("scores/*/*.safetensors"))),
         effects=_if_there(run / "effects.safetensors"),
+        rounds=_if_there(run / "rounds.safetensors"),
         recipes=recipes,
         evaluation=_if_there(run / "evaluation.json"),
         gate=_if_there(run / "gate.json"),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mechmerge.artifacts import METADATA_KEY, parse_document, parse_json, parse_yaml, read_text
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import read_effects
+from mechmerge.localize.rounds_file import read_rounds
 from mechmerge.localize.scores import read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import read_recipe
@@ -18,7 +19,7 @@ from mechmerge.report.style import caveat
 
 TOP = 12
 """Components that are listed."""
-KINDS = "a score file, an effect file, a recipe or an evaluation of mechmerge"
+KINDS = "a score, effect or rounds file, a recipe or an evaluation of mechmerge"
 
 Rows = list[dict[str, Any]]
 
@@ -51,6 +52,8 @@ def inspect_file(path: Path) -> Inspection:
             return _scores(path)
         if kind == "effects":
             return _effects(path)
+        if kind == "rounds":
+            return _rounds(path)
         raise SchemaError(str(path), expected=KINDS, found=f"a safetensors file of kind {kind}")
     text = read_text(path)
     is_json = text.lstrip().startswith("{")
@@ -147,6 +150,23 @@ def _effects(path: Path) -> Inspection:
         "sums of effects": _parsed(tables.effects_rows(file)),
     }
     return Inspection("effects", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
+
+
+def _rounds(path: Path) -> Inspection:
+    file = read_rounds(path)
+    meta = file.metadata
+    facts = _facts(
+        base=f"{meta.base.name} ({meta.base.digest[:12]})",
+        **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
+        dtype=meta.dtype,
+        seed=meta.seed,
+    )
+    shown = {
+        "rounds file": facts,
+        "rounds": _parsed(tables.rounds_rows(file)),
+        "behaviours": _parsed(tables.settled_rows(file)),
+    }
+    return Inspection("rounds", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 
 
 def _recipe(path: Path) -> Inspection:

@@ -51,12 +51,21 @@ def recipe_rows(recipes: Mapping[str, Path], sizes: Mapping[str, int] | None = N
 
 def predicted_rows(recipes: Mapping[str, Path]) -> Rows:
     """A header and one row for each recipe that predicts changes of loss; no rows where none does."""
-    predicted = {name: read_recipe(path)[0].predicted for name, path in recipes.items()}
-    behaviors = list(dict.fromkeys(behavior for change in predicted.values() for behavior in change or {}))
+    read = {name: read_recipe(path)[0] for name, path in recipes.items()}
+    behaviors = list(dict.fromkeys(behavior for recipe in read.values() for behavior in recipe.predicted or {}))
     rows: list[tuple[object, ...]] = [
-        (name, *(signed(change[b]) if b in change else "–" for b in behaviors)) for name, change in predicted.items() if change
+        (name, *(_change(recipe, behavior) for behavior in behaviors)) for name, recipe in read.items() if recipe.predicted
     ]
     return ["recipe", *behaviors], rows
+
+
+def _change(recipe: Recipe, behavior: str) -> str:
+    """The predicted change of a behaviour's loss, and the measured one where there is one."""
+    if behavior not in (recipe.predicted or {}):
+        return "–"
+    measured = (recipe.realised or {}).get(behavior)
+    said = signed((recipe.predicted or {})[behavior])
+    return said if measured is None else f"{said}, measured {signed(measured)}"
 
 
 def _policy(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mechmerge.artifacts import parse_document, parse_json, read_text, write_text
 from mechmerge.errors import InputError
 from mechmerge.localize.effect_file import EffectFile, read_effects
+from mechmerge.localize.rounds_file import read_rounds
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
@@ -40,6 +41,7 @@ def write_report(
     out: Path,
     *,
     gate: Path | None = None,
+    rounds: Path | None = None,
     title: str = "",
     notes: str = "",
 ) -> Path:
@@ -52,6 +54,7 @@ def write_report(
         evaluation: evaluation.json, if there is one.
         out: the folder to write into (the run directory).
         gate: what the gate said, if it was asked.
+        rounds: the rounds file, if there is one.
         title: heading of the report.
         notes: a remark that stands under the heading.
 
@@ -73,6 +76,7 @@ def write_report(
     # The result first: what a merge does is decided by its evaluation.
     lines += _evaluation_section(evaluation, gate)
     lines += recipe_section(recipes, unit_sizes(matrix, files.values()))
+    lines += _rounds_section(rounds)
     lines += _effect_section(matrix, out)
     lines += _score_section(files, out)
     lines += ["## Limits", "", *(f"- {limit}" for limit in LIMITS), ""]
@@ -146,9 +150,25 @@ def recipe_section(recipes: dict[str, Path], sizes: Mapping[str, int]) -> list[s
     lines = ["## Recipes", "", said, "", *tables.table(*recipe_rows(recipes, sizes))]
     header, rows = predicted_rows(recipes)
     if rows:
-        lines += ["Predicted change of loss against the base (nats per answer token; negative is better):", ""]
+        lines += [
+            "Predicted change of loss against the base (nats per answer token; negative is better). A prediction without a "
+            "measurement is linear in what is dropped, which the loss is not:",
+            "",
+        ]
         lines += tables.table(header, rows)
     return lines
+
+
+def _rounds_section(rounds: Path | None) -> list[str]:
+    if rounds is None:
+        return []
+    said = (
+        "Starting from the sum, each round turned over the components whose effect at the merge, and along the path to the "
+        "change, agreed on both halves of the calibration prompts. Weighted gain: Σ weight × (base's loss − loss) / own "
+        "expert's gain. Losses in nats per answer token, on calibration answers."
+    )
+    file = read_rounds(rounds)
+    return ["## Rounds", "", said, "", *tables.table(*tables.rounds_rows(file)), *tables.table(*tables.settled_rows(file))]
 
 
 def _effect_section(matrix: EffectFile | None, out: Path) -> list[str]:

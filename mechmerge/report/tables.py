@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
+from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS, Component
 from mechmerge.models.references import ModelId
@@ -186,3 +187,37 @@ def effects_rows(effects: EffectFile) -> Rows:
             hurt = f"{100 * (units < 0).mean():.0f} %" if units.size else "–"
             rows.append((behavior.name, expert, signed(sum(sums.values())), *by_kind, signed(rest), hurt))
     return ["on", "of expert", "total", "heads", "kv groups", "neurons", "rest, norms, embeddings", "units that hurt"], rows
+
+
+def rounds_rows(file: RoundsFile) -> Rows:
+    """A header and one row for each round."""
+    names = [behavior.name for behavior in file.metadata.behaviors]
+    header = ["round", "proposed", "changed", "weighted gain", "kept", *(f"{name}: predicted, measured" for name in names)]
+    rows: list[tuple[object, ...]] = [
+        (
+            number,
+            record.proposed,
+            record.changed,
+            f"{record.gain:.3f}",
+            "yes" if record.accepted else "no",
+            *(f"{signed(record.predicted[name])}, {signed(record.realised[name])}" for name in names),
+        )
+        for number, record in enumerate(file.metadata.rounds, 1)
+    ]
+    return header, rows
+
+
+def settled_rows(file: RoundsFile) -> Rows:
+    """A header and one row for each behaviour: its losses at the base, its expert, the sum and the settled merge."""
+    header = ["behaviour", "its expert", "weight", "answers used", "loss, base", "loss, its expert", "loss, sum", "loss, merge"]
+    rows: list[tuple[object, ...]] = [
+        (
+            behavior.name,
+            behavior.expert,
+            f"{behavior.weight:g}",
+            behavior.answers,
+            *(f"{v:.3f}" for v in (behavior.loss_base, behavior.loss_expert, behavior.loss_sum, behavior.loss_merge)),
+        )
+        for behavior in file.metadata.behaviors
+    ]
+    return header, rows
