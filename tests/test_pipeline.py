@@ -25,6 +25,7 @@ RECIPES = {
     "ties": {"policy": "ties", "parameters": {"weight": 1.0, "density": 0.5}},
     "dare": {"policy": "dare-ties", "parameters": {"weight": 1.0, "density": 0.5}, "seed": 3},
     "conflict": {"policy": "conflict"},
+    "rounds": {"policy": "rounds"},
     "top": {"policy": "top", "parameters": {"budget": 0.5}},
     "random": {"policy": "random", "like": "conflict", "seed": 1},
 }
@@ -46,6 +47,7 @@ def write_pipeline(folder: Path, base: Model, experts: dict[str, Model], **chang
         "behaviors": {"loud": {"expert": "a", "file": "loud.yaml"}, "soft": {"expert": "b", "file": "soft.yaml"}},
         "localize": {"anchor_layer": 2, "verify": 2, "prompts": 3, "steering_prompts": 0, "on_invalid": "report"},
         "effects": {"prompts": 4, "dtype": "float32", "max_nodes": 6},
+        "rounds": {"prompts": 4, "dtype": "float32", "max_rounds": 2},
         "recipes": RECIPES,
         "publish": "conflict",
         "evaluate": {"suites": ["short.yaml"], "dtype": "float32", "batch": 4},
@@ -79,7 +81,15 @@ def content(run: Path) -> dict[str, str]:
 
 
 def test_a_run_leaves_everything_that_design_names(finished: Path) -> None:
-    for name in ("run.yaml", "effects.safetensors", "evaluation.json", "gate.json", "report.md", "README.md"):
+    for name in (
+        "run.yaml",
+        "effects.safetensors",
+        "rounds.safetensors",
+        "evaluation.json",
+        "gate.json",
+        "report.md",
+        "README.md",
+    ):
         assert (finished / name).is_file(), name
     assert (finished / "scores/a/loud.safetensors").is_file()
     assert (finished / "scores/a/anchors/loud.safetensors").is_file()
@@ -129,7 +139,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, pi
     """SIGKILL as each stage begins, one after the other on one run directory, then once to the end."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "mechmerge.cli.main", "run", str(pipeline), "--out", str(run), "--threads", "1"]
-    stages = ["localize-a", "effects", "recipe-conflict", "merge-conflict", "evaluate", "report"]
+    stages = ["localize-a", "effects", "rounds", "recipe-conflict", "merge-conflict", "evaluate", "report"]
     for stage in stages:
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ) as process:
             assert process.stderr is not None
