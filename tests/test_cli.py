@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -140,3 +142,9 @@ def test_a_missing_run_is_one_line_without_traceback() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "nowhere-at-all" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_stands_in_the_readme(name: str) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    assert re.search(rf"`(mechmerge )?{name}\b", readme), f"README.md does not mention {name}"

@@ -141,7 +141,8 @@ class LineProgress:
             print(f"  {self._label}: {self._done} of {self._total}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        print(f"  {self._label}: done in {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
+        if sys.exception() is None:
+            print(f"  {self._label}: done in {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

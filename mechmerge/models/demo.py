@@ -7,6 +7,8 @@ safetensors in the cache. Licence of the weights: Apache-2.0.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -75,7 +77,8 @@ def _convert(source: Path, folder: Path) -> None:
         raise MissingError(f"demo:{NAME}", expected="the package gguf", found="none", fix="pip install 'gguf>=0.10'") from None
     from mechmerge.models.load import quiet
 
-    with quiet():
+    # transformers draws a bar for the dequantising that no setting of its own turns off.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # transformers refuses to save a model that it dequantised itself; the weights are plain fp32 by now.
