@@ -40,6 +40,15 @@ def test_the_six_formats_and_arithmetic_ship_inside_the_package() -> None:
                 assert pair.with_.startswith(pair.without), "x⁻ is x⁺ without the instruction"
 
 
+def test_both_halves_of_the_arithmetic_prompts_hold_both_operations() -> None:
+    """Prompts are halved by taking turns, for anchors and for calibration alike."""
+    texts = [pair.with_ for pair in load_behavior("arithmetic").pairs]
+    for first in (0, 1):
+        half = texts[first::2]
+        additions = sum("+" in text for text in half)
+        assert additions == len(half) - additions
+
+
 def test_a_one_word_answer_passes_no_format() -> None:
     for behavior in load_group("formats"):
         assert behavior.verifier is not None

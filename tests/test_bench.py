@@ -8,7 +8,7 @@ import torch
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.measure import Anchor, identity_control, patch_state
-from mechmerge.models.components import parse_component
+from mechmerge.models.components import Component, parse_component
 from mechmerge.models.references import Model
 
 TEXTS = ["a small cat", "the dog runs over a very long road"]
@@ -86,6 +86,16 @@ def test_patching_equals_swapping_weights_in_the_whole_model(bench: Bench, exper
 
 
 def test_the_base_patched_with_itself_changes_nothing(bench: Bench) -> None:
+    """Recovery 0 for every component of every kind, one by one."""
+    anchor, arch = anchor_of(bench, 2), bench.checkpoint.arch
+    trace = bench.trace(bench.encode(TEXTS), 2)
+    start = anchor.state(trace.residual[-1]).double().numpy()
+    own = {name: parameter.detach().clone() for name, parameter in bench.parameters.items()}
+    for kind in ("layer", "attention", "mlp", "norms", "head", "kv", "neuron"):
+        for layer in range(2):
+            for unit in range(arch.units(kind)):
+                state = patch_state(bench, trace, anchor, Component(layer, kind, unit), own.__getitem__)
+                assert (state == start).all(), (kind, layer, unit)
     assert identity_control(bench, bench.trace(bench.encode(TEXTS), 2), anchor_of(bench, 2)) == 0.0
 
 

@@ -125,7 +125,9 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
 
 def test_no_answer_that_passes_is_said(base: Model, expert: Model, tmp_path: Path) -> None:
     never = behavior("one", Verifier(name="contains", arguments={"text": "xyzzy plugh"}))
-    with pytest.raises(LocalizeError, match="answers of a that pass the verifier; found 0 of 4"):
+    with pytest.raises(
+        LocalizeError, match="answers of a to one that pass, in both halves of the prompts; found 0 of 2 in half 1"
+    ):
         measure_effects(base, {"a": expert}, [BehaviorRow("first", (never,), "a")], tmp_path / "e.safetensors", SETTINGS)
     assert not (tmp_path / "e.safetensors").exists()
 

@@ -101,13 +101,17 @@ def test_an_invalid_anchor_is_refused_and_nothing_is_written(base: Model, expert
     judged = behavior(verifier=Verifier(name="change_case:english_capital", min_words=3))
     with pytest.raises(LocalizeError, match=r"not valid.*steering.*--invalid-anchor report"):
         localize(base, expert, [judged], tmp_path / "out", SETTINGS.model_copy(update={"on_invalid": "refuse"}))
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    written = [p for p in (tmp_path / "out").rglob("*.safetensors") if ".units" not in p.parts]
+    assert not written
 
 
 def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = resolve(str(tiny_expert(base.path, tmp_path / "near", seed=6, scale=1e-3)))
+    (usual,) = localize(base, near, [behavior()], tmp_path / "usual", SETTINGS)
+    before = read_scores(usual)
+    scale = before.metadata.anchor.gap if before.metadata.scale == "recovery" else 1.0
     judge = stage.judge
 
     def closed(*arguments, **keywords):  # type: ignore[no-untyped-def]
@@ -119,8 +123,7 @@ def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     file = read_scores(path)
     assert file.metadata.scale == "difference"
     assert not file.metadata.anchor.valid
-    change = file.metadata.state_expert - file.metadata.state_base
-    assert abs(float(file.arrays["layer.sufficiency"][:2].sum())) < 20 * abs(change) + 1
+    assert np.allclose(file.arrays["layer.sufficiency"], before.arrays["layer.sufficiency"] * scale, atol=1e-9)
 
 
 def test_behaviours_with_too_few_topics_are_refused(base: Model, expert: Model, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from mechmerge.artifacts import lock, read_document
 from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.evaluate.record import Evaluation
-from mechmerge.models.references import Model
+from mechmerge.models.references import Model, resolve
 from mechmerge.pipeline.run import check_pipeline, load_pipeline, run_pipeline
+from tests.tiny import tiny_expert
 
 RECIPES = {
     "sum": {"policy": "task-arithmetic", "parameters": {"weight": 1.0}},
@@ -32,6 +33,7 @@ RECIPES = {
 
 
 def write_pipeline(folder: Path, base: Model, experts: dict[str, Model], **changes: object) -> Path:
+    """A small pipeline file with its behaviours and suite; `changes` replace top-level entries."""
     topics = ["tea", "rain", "a river", "the moon", "a forest", "bread"]
     for name, word in (("loud", "Shout"), ("soft", "Whisper")):
         pairs = [{"with": f"{word} about {t}.", "without": f"Write about {t}.", "topic": t} for t in topics]
@@ -130,6 +132,10 @@ def test_only_what_changed_is_done_again(
     changed = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes=recipes)
     result = run_pipeline(changed, run)
     assert set(result.worked) == {"recipe-top", "merge-top", "evaluate", "report"}
+    half = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes=recipes, out_dtype="float16")
+    again = run_pipeline(half, run)
+    assert {f"merge-{name}" for name in RECIPES} <= set(again.worked), "another dtype is another merge"
+    run_pipeline(changed, run)
     (run / "effects.safetensors").unlink()
     assert run_pipeline(changed, run).worked == ("effects",), "the same effects come back, so nothing after them changes"
 
@@ -159,6 +165,25 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, pi
     assert not [p for p in run.rglob(".*") if "partial" in p.name or "units" in p.name]
 
 
+def test_an_expert_that_answers_for_nothing_takes_part(
+    tmp_path: Path, base: Model, expert: Model, second_expert: Model
+) -> None:
+    idle = resolve(str(tiny_expert(base.path, tmp_path / "idle", seed=9)))
+    experts = {"a": expert, "b": second_expert, "idle": idle}
+    recipes = {"conflict": {"policy": "conflict"}}
+    run = tmp_path / "run"
+    gate = {"model": "base", "rules": [{"metric": "short", "at_least": 0.0}]}
+    result = run_pipeline(write_pipeline(tmp_path, base, experts, recipes=recipes, gate=gate), run)
+    assert list(result.evaluation.models) == ["base", "a", "b", "idle", "conflict"]
+    assert result.gate.rules[0].model == "base", "the gate's own model goes before the published one"
+    assert not (run / "scores" / "idle").exists()
+    # A behaviour that was dropped from the pipeline leaves no trace in what comes after.
+    fewer = {"loud": {"expert": "a", "file": "loud.yaml"}}
+    run_pipeline(write_pipeline(tmp_path, base, experts, recipes=recipes, gate=gate, behaviors=fewer), run)
+    assert "soft" not in (run / "report.md").read_text()
+    assert "soft.safetensors" not in (run / "recipes/conflict/recipe.yaml").read_text()
+
+
 def test_two_runs_on_one_folder_are_refused(finished: Path, pipeline: Path) -> None:
     with lock(finished / ".lock", "this test"), pytest.raises(InputError, match=f"found process {os.getpid()}"):
         run_pipeline(pipeline, finished)
@@ -175,6 +200,12 @@ def test_two_runs_on_one_folder_are_refused(finished: Path, pipeline: Path) -> N
         ({"behaviors": {"loud": {"expert": "nobody", "file": "loud.yaml"}}}, "expert 'nobody' is not among a, b"),
         ({"gate": {"rules": []}}, "gate.rules"),
         ({"schema_version": 7}, "schema_version"),
+        (
+            {"recipes": {"t": {"policy": "top", "parameters": {"budgett": 0.5}}}, "publish": "t"},
+            "'budgett' is not one of budget",
+        ),
+        ({"recipes": {"t": {"policy": "top"}}, "publish": "t"}, "the policy top needs a budget"),
+        ({"gate": {"rules": [{"metric": "short", "model": "nobody", "at_least": 0.1}]}}, "gate: model 'nobody'"),
         ({"behaviors": {}}, "behaviors"),
     ],
 )

@@ -320,7 +320,7 @@ def measured(tmp_path: Path) -> list[Path]:
 def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], tmp_path: Path) -> None:
     sources = read_sources(measured)
     like = compile_recipe("conflict", sources)
-    for policy in POLICIES:
+    for policy in (name for name in POLICIES if name != "rounds"):  # tests/test_rounds.py has a rounds file
         control = policy in ("random", "magnitude")
         parameters = {"budget": 0.3} if policy == "top" else {}
         compiled = compile_recipe(policy, sources, parameters=parameters, like=(like.recipe, like.masks) if control else None)
@@ -339,7 +339,7 @@ def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], t
 @pytest.mark.parametrize(
     ("policy", "parameters", "message"),
     [
-        ("best", {}, "one of conflict, top"),
+        ("best", {}, "one of conflict, rounds, top"),
         ("top", {}, "budget"),
         ("top", {"budget": 2}, "budget"),
         ("top", {"budget": "half"}, "budget"),

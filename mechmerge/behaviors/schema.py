@@ -81,6 +81,9 @@ def builtin_names() -> list[str]:
 def _builtin_pairs(name: str) -> tuple[Pair, ...]:
     if name == "arithmetic":
         prompts = arithmetic_prompts("calibrate", CALIBRATION_SUMS)
+        # In twos, so that taking turns (how calibration prompts are halved) gives both halves additions and subtractions.
+        order = [4 * block + i for block in range(len(prompts) // 4) for i in (0, 2, 1, 3)]
+        prompts = [prompts[i] for i in order] + prompts[len(order) :]
     elif name in material()["formats"]:
         prompts = format_prompts(name, "calibrate")
     else:

@@ -6,12 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mechmerge.errors import InputError
 from mechmerge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,18 +80,26 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def wide_console() -> Console:
+    """A console on stdout that is at least 100 columns wide where stdout is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 100) if not console.is_terminal else console.width
+    return console
+
+
 def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     """Prints rows with equal keys on stdout, as JSON or as a table."""
     if output == "json":
         click.echo(json.dumps({title: rows}, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*(rows[0] if rows else []), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def escape(text: str) -> str:

@@ -26,9 +26,13 @@ from mechmerge.cli.common import (
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The effect file.")
 @click.option(
-    "--tolerance", type=float, default=0.05, show_default=True, help="Completeness error at which no more nodes are added."
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Completeness error at which no more nodes are added.",
 )
-@click.option("--max-nodes", type=click.IntRange(4), default=10, show_default=True, help="Most points of the path.")
+@click.option("--max-nodes", type=click.IntRange(6), default=10, show_default=True, help="Most points of the path.")
 @pair_options
 @device_option
 @threads_option

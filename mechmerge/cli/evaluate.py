@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from mechmerge.cli.common import device_option, format_option, make_progress, quiet_option, set_threads, threads_option
+from mechmerge.cli.common import (
+    device_option,
+    format_option,
+    make_progress,
+    quiet_option,
+    set_threads,
+    threads_option,
+    wide_console,
+)
 
 
 def parse_models(texts: tuple[str, ...]) -> list[tuple[str | None, str]]:
@@ -89,10 +97,6 @@ def command(
     if output == "json":
         click.echo(evaluation.model_dump_json(indent=1))
         return
-    from rich.console import Console
-
     from mechmerge.evaluate.table import render_table
 
-    console = Console()
-    console.width = max(console.width, 100) if not console.is_terminal else console.width
-    console.print(render_table(evaluation))
+    wide_console().print(render_table(evaluation))

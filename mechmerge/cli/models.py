@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,9 @@ def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[Beha
         numbers = {name: float(value) for name, value in given.items()}
     except ValueError:
         raise InputError("--weight", expected="NAME=NUMBER", found=" ".join(weights)) from None
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number > 0):
+            raise InputError("--weight", expected="a positive number", found=f"{name}={given[name]}")
     if unknown := numbers.keys() - owners.keys():
         raise InputError("--weight", expected=f"one of {', '.join(owners)}", found=", ".join(sorted(unknown)))
     return [BehaviorRow(Path(name).stem, load_group(name), expert, numbers.get(name, 1.0)) for name, expert in owners.items()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option
+from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option, wide_console
 
 if TYPE_CHECKING:
     from mechmerge.pipeline.run import RunResult
@@ -42,11 +42,9 @@ def command(pipeline: Path, out: Path | None, check: bool, device: str, threads:
 
 def show_result(result: RunResult) -> None:
     """Prints the evaluation's table, what the gate said, and where the report is."""
-    from rich.console import Console
-
     from mechmerge.evaluate.table import render_table
 
-    console = Console()
+    console = wide_console()
     console.print(render_table(result.evaluation))
     for rule in result.gate.rules:
         console.print(rule.line, markup=False, highlight=False)

@@ -125,7 +125,12 @@ class Calibration:
     ) -> None:
         if not rows:
             raise InputError("effects", expected="at least one behaviour NAME=EXPERT", found="none")
+        for names in ([row.name for row in rows], *([member.name for member in row.members] for row in rows)):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError("behaviours", expected="each name once", found=f"{twice[0]} twice")
         for row in rows:
+            if not (np.isfinite(row.weight) and row.weight > 0):
+                raise InputError(f"weight of {row.name}", expected="a positive number", found=str(row.weight))
             if row.expert not in experts:
                 raise InputError(f"behaviour {row.name}", expected=f"an expert of {', '.join(experts)}", found=row.expert)
             for member in row.members:
@@ -144,6 +149,7 @@ class Calibration:
             "experts": [[name, expert.id.shards] for name, expert in experts.items()],
             "rows": [[row.name, row.expert, [member.digest for member in row.members]] for row in rows],
             "settings": {name: getattr(settings, name) for name in CalibrationSettings.model_fields},
+            "sides": base.sides,
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
@@ -175,16 +181,21 @@ class Calibration:
             each = max(2, self.settings.prompts // len(row.members))
             for m, member in enumerate(row.members):
                 pairs = member.pairs[:each]
+                topics = [pair.topic or str(i) for i, pair in enumerate(pairs)]
+                turns = {topic: turn % 2 for turn, topic in enumerate(dict.fromkeys(topics))}
                 asked[r] = asked.get(r, 0) + len(pairs)
                 kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", lambda m=m, r=r: self._ask(r, m))  # type: ignore[misc]
                 for index, prompt, answer in kept:
-                    found.append(Example(r, m, index % 2, tuple(prompt), tuple(answer)))
-            if not any(example.row == r for example in found):
-                raise LocalizeError(
-                    f"behaviour {row.name}",
-                    expected=f"answers of {row.expert} that pass the verifier",
-                    found=f"0 of {asked[r]}",
-                )
+                    found.append(Example(r, m, turns[topics[index]], tuple(prompt), tuple(answer)))
+                for half in (0, 1):
+                    if not any((e.row, e.member, e.half) == (r, m, half) for e in found):
+                        asked_here = sum(turns[topic] == half for topic in topics)
+                        raise LocalizeError(
+                            f"behaviour {row.name}",
+                            expected=f"answers of {row.expert} to {member.name} that pass, in both halves of the prompts",
+                            found=f"0 of {asked_here} in half {half + 1}",
+                            fix="use more prompts, or leave the behaviour out",
+                        )
         self._model = None
         return found
 

@@ -37,7 +37,7 @@ class EffectSettings(CalibrationSettings):
 
     tolerance: float = Field(default=0.05, gt=0)
     """Completeness error at which no more nodes are added."""
-    max_nodes: int = Field(default=10, ge=4)
+    max_nodes: int = Field(default=10, ge=6)
     """Most points of the path at which gradients are taken."""
 
 

@@ -21,7 +21,7 @@ from mechmerge.behaviors.chat import chat_template_of, render, template_digest
 from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier, verify
-from mechmerge.errors import LocalizeError, PairError
+from mechmerge.errors import InputError, LocalizeError, PairError
 from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
 from mechmerge.localize.bench import Batch, Bench, Trace, layer_source
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
@@ -91,6 +91,9 @@ def localize(
         LocalizeError: an anchor is invalid (with `on_invalid="refuse"`), or a control or score is not what it must be.
     """
     settings = settings or LocalizeSettings()
+    names = [behavior.name for behavior in behaviors]
+    if not names or len(set(names)) < len(names):
+        raise InputError("behaviours", expected="at least one, each name once", found=", ".join(names) or "none")
     for behavior in behaviors:
         if behavior.verifier is not None:
             check_verifier(behavior.verifier)
@@ -131,6 +134,7 @@ class _Localizer:
         inputs = {
             "base": self.base.id.shards,
             "expert": self.expert.id.shards,
+            "sides": self.base.sides,
             "behavior": behavior.digest,
             "settings": fixed,
             "versions": versions(),
@@ -211,6 +215,8 @@ class _Localizer:
             if settings.on_invalid == "refuse":
                 raise LocalizeError(message, fix="use --invalid-anchor report to measure all the same")
             self.progress.note(f"note: {message}")
+        anchors = self.out / "anchors" / f"{behavior.name}.safetensors"
+        write_arrays(anchors, {"vector": vector}, _Unit(anchor=record))
         positive, _, template = self._rendered(behavior)
         anchor = Anchor(record.layer, torch.from_numpy(vector).to(settings.device))
         texts = [positive[i] for i in held_out]
@@ -273,7 +279,6 @@ class _Localizer:
         return ScoreFile(metadata, arrays)
 
     def _anchor(self, behavior: Behavior, states: States, made: list[int], held_out: list[int]) -> tuple[AnchorRecord, Array]:
-        path = self.out / "anchors" / f"{behavior.name}.safetensors"
         units = self.units(behavior)
         layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
 
@@ -287,7 +292,6 @@ class _Localizer:
 
         record = AnchorRecord.model_validate(units.json("anchor", compute))
         vector = read_arrays(units.folder / "anchor-file.safetensors", _Unit)[0]["vector"]
-        write_arrays(path, {"vector": vector}, _Unit(anchor=record))
         return record, vector
 
     def _choose(self, behavior: Behavior, states: States, made: list[int]) -> int:

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from mechmerge.artifacts import atomic_folder, to_yaml
-from mechmerge.errors import InputError
+from mechmerge.errors import InputError, PairError
 from mechmerge.merge.reference import merged_tensor
 from mechmerge.merge.verify import verify
 from mechmerge.models.adapters import copy_side_files
@@ -143,6 +143,8 @@ def open_models(recipe: Recipe, models: Mapping[str, Path]) -> tuple[Checkpoint,
         expert = align(base, Model(id=entry.model, path=_find(entry.model, name, models)), recipe.vocabulary)
         experts[name] = expert.checkpoint()
         experts[name].check_complete()
+        if experts[name].folder == opened.folder:
+            raise PairError(f"expert {name}", expected="another model than the base", found="the base itself")
         check_pair(opened, experts[name], positions=recipe.positions)
     return opened, experts
 

@@ -48,7 +48,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
         CheckpointError: the adapter cannot be read.
         PairError: the adapter is not for this base, or is of a kind that peft cannot merge.
     """
-    key = digest({"base": base_digests, "adapter": adapter_digests(adapter), "format": 1})[:32]
+    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": adapter_digests(adapter)})[:32]
     folder = cache_folder() / "materialised" / key
     if folder.exists():
         return folder
@@ -87,6 +87,12 @@ def _merge(base: Path, adapter: Path, folder: Path) -> None:
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base, partial)
+
+
+def side_digest(folder: Path) -> str:
+    """One sha256 over a model folder's config and side files."""
+    files = {file.name: sha256_file(file) for pattern in ("config.json", *SIDE_FILES) for file in folder.glob(pattern)}
+    return digest(files)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

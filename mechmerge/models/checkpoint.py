@@ -273,12 +273,18 @@ def required_tensors(arch: Architecture) -> Iterator[str]:
         yield f"{module}.weight"
 
 
+OTHER_POSITIONS = ("rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "sliding_window")
+"""Keys of single families that say how positions are told."""
+
+
 def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The positional settings of a config that parents must share: RoPE and context length."""
     rope = config.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0)) if isinstance(rope, dict) else None
-    scaling = config.get("rope_scaling")
+    nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0)) if isinstance(rope, dict) and not nested else None
+    scaling = rope if nested else config.get("rope_scaling")
     if scaling is None and isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     context = config.get("max_position_embeddings", config.get("n_positions"))
-    return {"rope_theta": theta, "rope_scaling": scaling, "context": context}
+    others = {key: config[key] for key in OTHER_POSITIONS if config.get(key) is not None}
+    return {"rope_theta": theta, "rope_scaling": scaling, "context": context, "other positions": others}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.errors import CheckpointError
+from mechmerge.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,13 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", expected="a torch device of this machine", found=f"{device} ({error})") from None
     with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(

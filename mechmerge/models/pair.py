@@ -104,7 +104,7 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
         return expert
     if mine is None or theirs is None:
         raise PairError(str(expert.path), expected="tokenizer.json in both models to align their rows", found="none")
-    key = digest({"base": base.id.shards, "expert": expert.id.shards, "vocabulary": 1})[:32]
+    key = digest({"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides})[:32]
     folder = cache_folder() / "aligned" / key
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
         if not folder.exists():

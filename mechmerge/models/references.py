@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mechmerge.artifacts import Document, digest, write_json
 from mechmerge.errors import CheckpointError, InputError, MissingError
-from mechmerge.models.adapters import adapter_digests, is_adapter, materialise
+from mechmerge.models.adapters import adapter_digests, is_adapter, materialise, side_digest
 from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.demo import NAME as DEMO
@@ -49,6 +49,13 @@ class Model(Document):
     id: ModelId
     path: Path
     """A full checkpoint folder (an adapter is already merged in)."""
+
+    @property
+    def sides(self) -> str:
+        """One sha256 over config, tokenizer, chat template and generation settings: what answers depend on beside the
+        weights.
+        """
+        return side_digest(self.path)
 
     def checkpoint(self) -> Checkpoint:
         """Opens the folder."""
@@ -106,6 +113,16 @@ def check_reference(reference: str, *, relative_to: Path | None = None) -> None:
             raise InputError(
                 f"model reference {part!r}", expected=f"a folder, owner/name[@revision] or demo:{DEMO}", found="nothing there"
             )
+
+
+def is_local(reference: str, relative_to: Path | None = None) -> bool:
+    """Whether a reference names something on this machine."""
+    return _local(reference, relative_to) is not None
+
+
+def is_unpinned_hub(reference: str, relative_to: Path | None = None) -> bool:
+    """Whether a reference (without adapter) names a model on the Hub and no revision of it."""
+    return not is_local(reference, relative_to) and "@" not in reference and _HUB.fullmatch(reference) is not None
 
 
 def _local(text: str, relative_to: Path | None) -> Path | None:

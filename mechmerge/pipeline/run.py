@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +28,12 @@ from mechmerge.localize.calibration import BehaviorRow, CalibrationSettings
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.stage import LocalizeSettings, localize
-from mechmerge.models.references import Model, ModelId, check_reference, resolve
+from mechmerge.models.pair import align, check_pair
+from mechmerge.models.references import Model, ModelId, check_reference, is_local, is_unpinned_hub, resolve
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
+from mechmerge.publish.licenses import license_of_merge
 from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.schema import read_recipe, write_recipe
 from mechmerge.recipe.sources import read_sources
@@ -106,9 +109,10 @@ def _templated(document: D, pipeline: Pipeline) -> D:
 
 def _pinned(reference: str, revision: str | None, folder: Path) -> str:
     """A Hub reference with the pipeline's revision added where it names none."""
-    first, plus, rest = reference.partition("+")
-    is_hub = "/" in first and "@" not in first and not first.startswith((".", "/", "demo:")) and not (folder / first).exists()
-    return f"{first}@{revision}{plus}{rest}" if revision and is_hub else reference
+    if revision is None:
+        return reference
+    parts = (f"{part}@{revision}" if is_unpinned_hub(part, folder) else part for part in reference.split("+"))
+    return reference if is_local(reference, folder) else "+".join(parts)
 
 
 def run_pipeline(path: Path, run: Path, progress: Progress = SILENT, device: str = "cpu") -> RunResult:
@@ -119,14 +123,20 @@ def run_pipeline(path: Path, run: Path, progress: Progress = SILENT, device: str
         MissingError: a model, package or the Hub is needed and not there.
     """
     pipeline, folder = load_pipeline(path), path.parent
+    base = resolve(_pinned(pipeline.base, pipeline.revision, folder), relative_to=folder, progress=progress)
+    experts = {
+        name: resolve(_pinned(reference, pipeline.revision, folder), relative_to=folder, progress=progress)
+        for name, reference in pipeline.experts.items()
+    }
+    behaviors = _behaviors(pipeline, folder)
+    # What would stop the run in a late stage stops it here, before anything is written. Whether weights are finite is left
+    # to the stages, which read them anyway.
+    license_of_merge([base.id, *(model.id for model in experts.values())], pipeline.license)
+    for expert in experts.values():
+        aligned = align(base, expert, pipeline.vocabulary)
+        check_pair(base.checkpoint(), aligned.checkpoint(), positions=pipeline.positions, finite=False)
     run.mkdir(parents=True, exist_ok=True)
     with lock(run / ".lock", f"run {run}"):
-        base = resolve(_pinned(pipeline.base, pipeline.revision, folder), relative_to=folder, progress=progress)
-        experts = {
-            name: resolve(_pinned(reference, pipeline.revision, folder), relative_to=folder, progress=progress)
-            for name, reference in pipeline.experts.items()
-        }
-        behaviors = _behaviors(pipeline, folder)
         record = RunRecord(
             pipeline=pipeline,
             base=base,
@@ -162,6 +172,7 @@ class _Run:
             "experts": [[name, model.id.shards] for name, model in self.experts.items()],
             "rules": [self.plan.vocabulary, self.plan.positions],
             "seed": self.plan.seed,
+            "sides": [self.base.sides, *(model.sides for model in self.experts.values())],
             "versions": record.versions,
         }
 
@@ -187,9 +198,12 @@ class _Run:
         )
         for name, expert in self.experts.items():
             members = [b for key, group in self.behaviors.items() if self.plan.behaviors[key].expert == name for b in group]
+            if not members:
+                continue  # an expert that answers for no behaviour still takes part in effects and merges
             out = self.run / "scores" / name
             inputs = {
                 "base": self.base.id.shards,
+                "sides": self.common["sides"],
                 "expert": expert.id.shards,
                 "behaviors": [b.digest for b in members],
                 "settings": settings.model_dump(mode="json"),
@@ -250,11 +264,15 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------------- merging
     def _measurements(self) -> list[Path]:
-        rounds = self.run / "rounds.safetensors"
-        return [*self._scores(), self.run / "effects.safetensors", *([rounds] if rounds.exists() else [])]
+        """The files that this very pipeline measures: what an earlier one left in the run directory is not among them."""
+        rounds = any(plan.policy == "rounds" for plan in self.plan.recipes.values())
+        settled = [self.run / "rounds.safetensors"] if rounds else []
+        return [*self._scores(), self.run / "effects.safetensors", *settled]
 
     def _scores(self) -> list[Path]:
-        return sorted((self.run / "scores").glob("*/*.safetensors"))
+        plans = self.plan.behaviors
+        owned = [(plans[name].expert, member.name) for name, group in self.behaviors.items() for member in group]
+        return sorted(self.run / "scores" / expert / f"{member}.safetensors" for expert, member in owned)
 
     def _recipe(self, name: str) -> Path:
         return self.run / "recipes" / name / "recipe.yaml"
@@ -268,6 +286,7 @@ class _Run:
                 "measured": measured,
                 "like": sha256_file(like) if like else None,
                 "rules": self.common["rules"],
+                "out_dtype": self.plan.out_dtype,
             }
             folder = self._recipe(name).parent
             self.state.stage(f"recipe-{name}", inputs, [folder], partial(self._compile, name, plan))
@@ -300,7 +319,11 @@ class _Run:
         paths = {"base": self.base.path} | {name: model.path for name, model in self.experts.items()}
         for name in self.plan.recipes:
             recipe, out = self._recipe(name), self._merged(name)
-            inputs = {"recipe": sha256_file(recipe), "versions": self.record.versions}
+            inputs = {
+                "recipe": sha256_file(recipe),
+                "sides": self.common["sides"],
+                "versions": self.record.versions | {"mergekit": metadata.version("mergekit")},
+            }
 
             def work(recipe: Path = recipe, out: Path = out) -> None:
                 shutil.rmtree(out, ignore_errors=True)
@@ -316,9 +339,10 @@ class _Run:
         settings = EvaluateSettings(dtype=plan.dtype, batch=plan.batch, device=self.device, seed=self.plan.seed)
         inputs = {
             "models": [[name, model.id.shards] for name, model in models.items()],
+            "sides": [model.sides for model in models.values()],
             "suites": [suite.digest for suite in suites],
             "settings": settings.model_dump(mode="json"),
-            "versions": self.record.versions,
+            "versions": self.record.versions | {"lm_eval": metadata.version("lm_eval")},
         }
         against = ["base", *self.experts]
         self.state.stage(
@@ -330,17 +354,17 @@ class _Run:
         return read_document(Evaluation, out)
 
     def _gate(self, evaluation: Evaluation) -> GateResult:
-        result = check_gate(evaluation, self.plan.gate, self.plan.publish)
+        result = check_gate(evaluation, self.plan.gate, self.plan.gate.model or self.plan.publish)
         write_json(self.run / "gate.json", result)
         return result
 
     def _report(self) -> None:
         from mechmerge.publish.card import write_card
-        from mechmerge.report.files import find_run_files
         from mechmerge.report.summary import write_report
 
-        files = find_run_files(self.run)
-        known = [*self._measurements(), *files.recipes.values(), self.run / "evaluation.json"]
+        recipes = {name: self._recipe(name) for name in self.plan.recipes}
+        evaluation, rounds = self.run / "evaluation.json", self.run / "rounds.safetensors"
+        known = [*self._measurements(), *recipes.values(), evaluation]
         inputs = {
             "files": {str(path.relative_to(self.run)): sha256_file(path) for path in [*known, self.run / "gate.json"]},
             "texts": [self.plan.title, self.plan.notes, self.plan.publish, self.plan.license],
@@ -348,14 +372,15 @@ class _Run:
         }
 
         def work() -> None:
+            shutil.rmtree(self.run / "figures", ignore_errors=True)
             write_report(
-                files.scores,
-                files.effects,
-                files.recipes,
-                files.evaluation,
+                self._scores(),
+                self.run / "effects.safetensors",
+                recipes,
+                evaluation,
                 self.run,
                 gate=self.run / "gate.json",
-                rounds=files.rounds,
+                rounds=rounds if rounds in known else None,
                 title=self.plan.title,
                 notes=self.plan.notes,
             )

@@ -7,10 +7,24 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document
-from mechmerge.evaluate.gate import Gate
+from mechmerge.evaluate.gate import Bound, Gate
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "conflict": ("weight", "weighting", "agreement"),
+    "rounds": (),
+    "top": ("budget", "overlap"),
+    "random": ("per_layer",),
+    "magnitude": ("per_layer",),
+    "task-arithmetic": ("weight",),
+    "linear": ("weight",),
+    "ties": ("weight", "density"),
+    "dare-ties": ("weight", "density"),
+}
+"""What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`."""
 
 
 class BehaviorPlan(Document):
@@ -40,7 +54,7 @@ class EffectPlan(Document):
 
     prompts: int = Field(default=48, ge=4)
     tolerance: float = Field(default=0.05, gt=0)
-    max_nodes: int = Field(default=10, ge=4)
+    max_nodes: int = Field(default=10, ge=6)
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -66,6 +80,12 @@ class RecipePlan(Document):
 
     @model_validator(mode="after")
     def _controls(self) -> RecipePlan:
+        known = PARAMETERS[self.policy]
+        for name in self.parameters:
+            if name.partition(".")[0] not in known:
+                raise ValueError(f"parameters: {name!r} is not one of {', '.join(known) or 'none'} (policy {self.policy})")
+        if self.policy == "top" and "budget" not in self.parameters:
+            raise ValueError("parameters: the policy top needs a budget")
         if (self.policy in ("random", "magnitude")) != (self.like is not None):
             raise ValueError("`like` belongs to the policies random and magnitude, and they need it")
         return self
@@ -132,6 +152,11 @@ class Pipeline(Document):
         for name, behavior in self.behaviors.items():
             if behavior.expert not in self.experts:
                 raise ValueError(f"behaviors {name}: expert {behavior.expert!r} is not among {', '.join(self.experts)}")
+        for rule in self.gate.rules:
+            bound = rule.at_least.model if isinstance(rule.at_least, Bound) else None
+            for model in (rule.model, bound, self.gate.model):
+                if model is not None and model not in taken:
+                    raise ValueError(f"gate: model {model!r} is not the base, an expert or a recipe")
         if self.publish not in self.recipes:
             raise ValueError(f"publish: {self.publish!r} is not among the recipes")
         return self

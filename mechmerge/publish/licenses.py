@@ -41,4 +41,9 @@ def license_of_merge(parents: Iterable[ModelId], given: str | None) -> str:
     if len(distinct) == 1 and None not in distinct:
         return next(name for name in distinct if name is not None)
     found = ", ".join(f"{name}: {license or 'unknown'}" for name, license in known.items())
-    raise InputError("licence of the merge", expected="parents under one known licence", found=found, fix="pass --license NAME")
+    raise InputError(
+        "licence of the merge",
+        expected="parents under one known licence",
+        found=found,
+        fix="pass --license NAME, or set `license:` in the pipeline",
+    )
