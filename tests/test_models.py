@@ -86,7 +86,7 @@ def test_find_goes_by_digest(base: Model, expert: Model, tmp_path: Path) -> None
         find(base.id, {"base": expert.path})
     moved = resolve(str(tiny_model(tmp_path / "moved", seed=7)))
     shutil.rmtree(moved.path)
-    with pytest.raises(MissingError, match="--model moved=FOLDER"):
+    with pytest.raises(MissingError, match="--model moved=MODEL"):
         find(moved.id)
 
 

@@ -25,6 +25,8 @@ class Answer(NamedTuple):
     """The generated token ids, without the end token."""
     finished: bool
     """Whether the model ended the answer itself (otherwise the limit of tokens did)."""
+    end: int | None = None
+    """The end token that it said, which may be another one than the tokenizer's own; None where it did not end."""
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ def generate_batch(
     with torch.no_grad():
         rows = _greedy(model, encoded.input_ids, encoded.attention_mask, end_tokens(model, tokenizer), max_new_tokens)
     decoded = tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [Answer(text, tuple(ids), finished) for text, (ids, finished) in zip(decoded, rows, strict=True)]
+    return [Answer(text, tuple(ids), end is not None, end) for text, (ids, end) in zip(decoded, rows, strict=True)]
 
 
 def _check_context(model: Any, length: int) -> None:
@@ -113,13 +115,16 @@ def _check_context(model: Any, length: int) -> None:
         )
 
 
-def _greedy(model: Any, ids: Any, mask: Any, ends: set[int], limit: int) -> list[tuple[list[int], bool]]:
-    """(token ids without the end token, ended by itself) of each row; ids and mask are [rows, length], padded on the left."""
+def _greedy(model: Any, ids: Any, mask: Any, ends: set[int], limit: int) -> list[tuple[list[int], int | None]]:
+    """(token ids without the end token, the end token if it was said) of each row.
+
+    ids and mask are [rows, length], padded on the left.
+    """
     import torch
     from transformers import DynamicCache
 
     said: list[list[int]] = [[] for _ in ids]
-    finished = [False] * len(said)
+    ended: list[int | None] = [None] * len(said)
     place = list(range(len(said)))  # row of the batch as it is now -> row as it was given
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -129,10 +134,10 @@ def _greedy(model: Any, ids: Any, mask: Any, ends: set[int], limit: int) -> list
         ).logits
         ids = logits[:, -1:].argmax(-1)
         for i, token in zip(place, ids[:, 0].tolist(), strict=True):
-            finished[i] = token in ends
-            if not finished[i]:
+            ended[i] = token if token in ends else None
+            if ended[i] is None:
                 said[i].append(token)
-        stay = [row for row, i in enumerate(place) if not finished[i]]
+        stay = [row for row, i in enumerate(place) if ended[i] is None]
         if not stay or step == limit - 1:
             break
         mask, positions = torch.cat([mask, mask.new_ones(len(place), 1)], -1), positions[:, -1:] + 1
@@ -141,4 +146,4 @@ def _greedy(model: Any, ids: Any, mask: Any, ends: set[int], limit: int) -> list
             cache.batch_select_indices(kept)
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
             place = [place[row] for row in stay]
-    return list(zip(said, finished, strict=True))
+    return list(zip(said, ended, strict=True))

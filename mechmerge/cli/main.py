@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "localize": ("localize", "Find which components of an expert carry a behaviour."),
     "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
-    "recipe": ("recipe", "Compile score and effect files into a merge recipe."),
+    "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, quiet_option, set_threads, show, threads_option
+from mechmerge.cli.common import format_option, make_progress, quiet_option, set_threads, show, threads_option
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--model", "models", multiple=True, metavar="NAME=FOLDER",
+@click.option("--model", "models", multiple=True, metavar="NAME=MODEL",
               help="Where a model lies: base, an expert's name or its reference (default: where it last was).")  # fmt: skip
 @click.option("--expert", metavar="NAME", help="Write only this expert of the recipe, masked, as a model of its own.")
 @threads_option
@@ -25,7 +25,9 @@ def command(
 
     OUT appears complete and verified, or not at all; where it already holds the model of this recipe nothing is done.
     """
-    folders = {name: Path(folder).expanduser() for name, folder in named(models, "--model").items()}
+    from mechmerge.cli.models import open_folders
+
+    folders = open_folders(models)
     from mechmerge.merge.engine import merge
     from mechmerge.recipe.schema import read_recipe
 

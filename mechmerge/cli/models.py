@@ -36,6 +36,17 @@ def open_experts(texts: Sequence[str], progress: Progress) -> dict[str, Model]:
     return models
 
 
+def open_folders(texts: Sequence[str]) -> dict[str, Path]:
+    """The folders of NAME=MODEL options, whose models are references like everywhere else.
+
+    Raises:
+        InputError: no NAME=MODEL, or not a reference.
+    """
+    from mechmerge.models.references import resolve
+
+    return {name: resolve(reference).path for name, reference in named(texts, "--model").items()}
+
+
 def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[BehaviorRow]:
     """Parses NAME=EXPERT behaviours and NAME=NUMBER weights.
 

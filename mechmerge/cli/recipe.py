@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, pair_options, quiet_option, show
+from mechmerge.cli.common import format_option, make_progress, pair_options, quiet_option, show
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
@@ -39,7 +39,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 @click.option(
     "--emit", type=click.Choice(["stock", "masked"]), help="Write mergekit YAML too, as mergekit.yaml beside the recipe."
 )
-@click.option("--model", "models", multiple=True, metavar="NAME=FOLDER", help="Where a model lies, for --emit and magnitude.")
+@click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
 @pair_options
 @quiet_option
 @format_option
@@ -56,16 +56,17 @@ def command(
     output: str,
     **options: Any,
 ) -> None:
-    """Compile score and effect FILES into a merge recipe.
+    """Compile measured FILES (score, effect and rounds files) into a merge recipe.
 
-    conflict needs an effect file, top needs score files of every expert; random and magnitude are made like another recipe; the
-    baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
+    conflict needs an effect file, rounds a rounds file, top score files of every expert; random and magnitude are made like
+    another recipe; the baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
     """
+    from mechmerge.cli.models import open_folders
     from mechmerge.recipe.compile import compile_recipe, shares
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
-    folders = {name: Path(folder).expanduser() for name, folder in named(models, "--model").items()}
+    folders = open_folders(models)
     sources = read_sources(files)
     model = None if like is None else read_recipe(like)
     common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}

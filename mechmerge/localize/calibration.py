@@ -219,7 +219,7 @@ class Calibration:
         for i, (pair, text, answer) in enumerate(zip(pairs, texts, answers, strict=True)):
             if member.verifier is None or verify(member.verifier, pair.with_, answer.text, pair.arguments):
                 prompt = tokenizer(text, add_special_tokens=template is None).input_ids
-                ending = [tokenizer.eos_token_id] if answer.finished else []
+                ending = [] if answer.end is None else [answer.end]
                 kept.append([i, prompt, [*answer.ids, *ending]])
         return kept
 

@@ -186,12 +186,13 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
     for path in candidates:
         if path.is_dir() and Checkpoint(path).digests() == model_id.shards:
             return path
-    found = f"other weights in {candidates[0]}" if candidates else "none on this machine"
+    there = next((path for path in candidates if path.is_dir()), None)
+    found = f"other weights in {there}" if there else f"no folder {candidates[0]}" if candidates else "none on this machine"
     raise MissingError(
         f"model {model_id.name}",
         expected=f"weights {model_id.digest[:12]}",
         found=found,
-        fix=f"pass --model {model_id.name}=FOLDER",
+        fix=f"pass --model {model_id.name}=MODEL",
     )
 
 

@@ -137,7 +137,7 @@ def _body(files: RunFiles, name: str, recipe: Recipe, text: str, run: Path, fold
         "## How to make it again",
         "",
         "```sh",
-        f"pip install mechmerge=={__version__}",
+        f"# with mechmerge {__version__} installed",
         "mechmerge merge recipe.yaml OUT   # the recipe above, with its masks file beside it if it names one",
         "```",
         "",

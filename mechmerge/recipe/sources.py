@@ -1,4 +1,4 @@
-"""What a recipe is made from: score and effect files of one base, grouped by expert."""
+"""What a recipe is made from: score, effect and rounds files of one base, grouped by expert."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def expert_name(model: ModelId) -> str:
 
 
 def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = None) -> Sources:
-    """Reads score and effect files.
+    """Reads score, effect and rounds files.
 
     Args:
         files: score files and at most one effect file, in any order.
