@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, pair_options, quiet_option, show
+from mechmerge.cli.common import format_option, make_progress, named, pair_options, quiet_option, show
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
