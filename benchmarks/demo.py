@@ -32,7 +32,11 @@ def retained(evaluation: Evaluation, model: str, metric: str, expert: str) -> fl
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/demo"), show_default=True)
 @click.option("--quick", is_flag=True, help="Only take up a finished run.")
 @click.option("--save", is_flag=True)
-def main(out: Path, quick: bool, save: bool) -> None:
+@click.option(
+    "--wall", type=float, help="Minutes that `make demo` took from nothing, installation included, by a clock outside."
+)
+@click.option("--ran-at", help="Commit of the run that is taken up, where it is not this one.")
+def main(out: Path, quick: bool, save: bool, wall: float | None, ran_at: str | None) -> None:
     """Run the demo, twice."""
     pipeline = demo_folder() / "pipeline.yaml"
     if quick and not (out / "evaluation.json").exists():
@@ -43,7 +47,9 @@ def main(out: Path, quick: bool, save: bool) -> None:
     second = time.monotonic() - start
     timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
     stages = {t["stage"]: t["seconds"] for t in timings if " " not in t["stage"]}
-    figures: dict[str, object] = {
+    outside: dict[str, object] = {} if wall is None else {"minutes of make demo from nothing": wall}
+    figures: dict[str, object] = outside | ({} if ran_at is None else {"run at commit": ran_at})
+    figures |= {
         "minutes of all stages": sum(stages.values()) / 60,
         "seconds of a second call": second,
         "stages that worked in the second call": len(again.worked),
@@ -64,7 +70,8 @@ def main(out: Path, quick: bool, save: bool) -> None:
         shutil.copytree(out / "figures", folder / "figures")
         for name in ("report.md", "evaluation.json", "gate.json", "timings.jsonl"):
             shutil.copyfile(out / name, folder / name)
-    goals = {
+    goals = {} if wall is None else {"minutes of make demo from nothing": Goal(30)}
+    goals |= {
         "minutes of all stages": Goal(30),
         "seconds of a second call": Goal(60),
         "stages that worked in the second call": Goal(0),
