@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
     "card": ("card", "Write the model card of a run."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
-    "inspect": ("inspect", "Print what a score, effect or recipe file holds."),
+    "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
 }
 
 
