@@ -26,7 +26,7 @@ from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, d
 from mechmerge.localize.bench import Batch, Bench, Trace, layer_source
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
-from mechmerge.models.components import SCORED_KINDS, Component
+from mechmerge.models.components import SCORED_KINDS, Component, parse_component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
 from mechmerge.models.references import Model
@@ -349,7 +349,7 @@ class _Localizer:
             mean[anchor_layer:] = 0.0
             arrays[f"{kind}.sufficiency"], arrays[f"{kind}.sufficiency.stderr"] = mean, mean.copy()
         for name, states in patched.items():
-            component = _component(name)
+            component = parse_component(name)
             change = (states - start) / scale
             place = (component.layer, component.unit)
             arrays[f"{component.kind}.sufficiency"][place] = change.mean()
@@ -376,12 +376,6 @@ def _first_topics(behavior: Behavior, count: int) -> Behavior:
     kept = set(list(dict.fromkeys(topics))[:count])
     pairs = tuple(pair for pair, topic in zip(behavior.pairs, topics, strict=True) if topic in kept)
     return behavior.model_copy(update={"pairs": pairs})
-
-
-def _component(name: str) -> Component:
-    from mechmerge.models.components import parse_component
-
-    return parse_component(name)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ SCORED_KINDS: tuple[Kind, ...] = ("layer", "attention", "mlp", "head", "kv", "ne
 LEAF_KINDS: tuple[Kind, ...] = ("head", "kv", "neuron", "attention.rest", "mlp.rest", "norms")
 """Kinds that partition a layer's parameters."""
 OUTSIDE = ("embed", "final_norm", "lm_head")
-PARTS: dict[Kind, tuple[Kind, ...]] = {
+PARTS: dict[str, tuple[Kind, ...]] = {
     "layer": LEAF_KINDS,
     "attention": ("head", "kv", "attention.rest"),
     "mlp": ("neuron", "mlp.rest"),
@@ -196,14 +196,14 @@ class Layout:
             for block in self.blocks(component.layer, component.kind):
                 yield block, component.unit
             return
-        for part in PARTS.get(component.kind, (component.kind,)):  # type: ignore[call-overload]
+        for part in PARTS.get(component.kind, (component.kind,)):
             for block in self.blocks(component.layer, part):
                 yield block, None
 
     def unit_parameters(self, layer: int, kind: str, shapes: dict[str, tuple[int, ...]]) -> int:
         """Number of parameters that one unit of a kind owns in a layer."""
         total = 0
-        for part in PARTS.get(kind, (kind,)):  # type: ignore[call-overload]
+        for part in PARTS.get(kind, (kind,)):
             for block in self.blocks(layer, part):
                 count = 1
                 for dim, size in enumerate(shapes[block.tensor]):

@@ -54,7 +54,7 @@ def parse_pattern(text: str, arch: Architecture) -> Pattern:
     layer, unit = match["layer"], match["unit"]
     # Checked with 0 in the place of *: every layer and kind of unit has at least one.
     component = parse_component(".".join([f"L{layer}", *text.split(".")[1:]]).replace("*", "0"), arch)
-    kinds = frozenset(PARTS.get(component.kind, (component.kind,)))  # type: ignore[call-overload]
+    kinds = frozenset(PARTS.get(component.kind, (component.kind,)))
     return Pattern(kinds, None if layer == "*" else component.layer, None if unit in (None, "*") else component.unit)
 
 
@@ -79,7 +79,7 @@ class Coefficients:
             return self.outside[expert][found.kind]
         if found.kind in UNIT_KINDS:
             return float(self.units[expert][found.kind][found.layer, found.unit])
-        parts = PARTS.get(found.kind, (found.kind,))  # type: ignore[call-overload]
+        parts = PARTS.get(found.kind, (found.kind,))
         values = np.unique(np.concatenate([self.units[expert][kind][found.layer] for kind in parts]))
         if len(values) > 1:
             raise InputError(f"{expert}: {found}", expected="one coefficient", found=f"{len(values)} in its parts")
