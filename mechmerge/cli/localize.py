@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mechmerge.cli.common import (
     device_option,
+    escape,
     format_option,
     make_progress,
     pair_options,
@@ -17,6 +18,10 @@ from mechmerge.cli.common import (
     show,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from mechmerge.localize.curve_record import SetCurves
+    from mechmerge.localize.scores import ScoreMetadata
 
 
 @click.command()
@@ -36,6 +41,14 @@ from mechmerge.cli.common import (
 @click.option(
     "--steering-prompts", type=click.IntRange(0), default=8, show_default=True, help="Prompts of the steering check (0: none)."
 )
+@click.option("--curves/--no-curves", default=True, show_default=True,
+              help="Move growing sets of the best components in, beside random and magnitude sets.")  # fmt: skip
+@click.option("--curve-seeds", type=click.IntRange(2), default=3, show_default=True, help="Random orders of the set curves.")
+@click.option("--curve-output-share", "curve_output_shares", type=click.Choice([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]),
+              multiple=True, default=(0.05, 0.2, 1.0),
+              show_default=True, help="Share of the components at which KL and pass rates are measured; repeat.")  # fmt: skip
+@click.option("--curve-pass-prompts", type=click.IntRange(0), default=8, show_default=True,
+              help="Prompts that patched models answer for the curves' pass rates (0: none).")  # fmt: skip
 @click.option("--invalid-anchor", type=click.Choice(["refuse", "report"]), default="refuse", show_default=True,
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -51,7 +64,8 @@ def command(
     """Find which components of EXPERT carry a behaviour that BASE lacks.
 
     BASE and EXPERT are model references: a folder, owner/name[@revision], demo:NAME, each with +ADAPTER if need be.
-    Writes OUT/BEHAVIOR.safetensors, a score file, for each behaviour, and the anchors under OUT/anchors.
+    Writes OUT/BEHAVIOR.safetensors, a score file, for each behaviour, and the anchors under OUT/anchors. Set curves tell
+    whether the scores mean anything: a localization that is not above its controls is labelled so.
     """
     from mechmerge.behaviors.schema import load_behavior
     from mechmerge.localize.scores import read_scores
@@ -63,19 +77,54 @@ def command(
     progress = make_progress(quiet)
     settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), **options)
     paths = localize(resolve(base, progress=progress), resolve(expert, progress=progress), loaded, out, settings, progress)
-    rows = []
-    for path in paths:
-        metadata = read_scores(path).metadata
-        anchor = metadata.anchor
-        rows.append(
-            {
-                "behavior": metadata.behavior,
-                "layer": anchor.layer,
-                "anchor": "valid" if anchor.valid else "NOT VALID: " + "; ".join(anchor.reasons),
-                "separation": round(anchor.separation, 3),
-                "gap": round(anchor.gap, 3),
-                "scale": metadata.scale,
-                "file": str(path),
-            }
-        )
+    files = [(path, read_scores(path).metadata) for path in paths]
+    rows = [_row(path, metadata, output) for path, metadata in files]
     show(rows, output, "anchors")
+    if output == "table":
+        for _, metadata in files:
+            if metadata.curves is not None:
+                verdict = f"{metadata.behavior}: {metadata.curves.verdict}"
+                show(_points(metadata.curves), output, f"set curves of {escape(verdict)}")
+
+
+def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
+    anchor, curves = metadata.anchor, metadata.curves
+    row: dict[str, Any] = {
+        "behavior": metadata.behavior,
+        "layer": anchor.layer,
+        "anchor": "valid" if anchor.valid else "NOT VALID: " + "; ".join(anchor.reasons),
+        "separation": round(anchor.separation, 3),
+        "gap": round(anchor.gap, 3),
+        "scale": metadata.scale,
+        "localization": "not compared with controls" if curves is None else curves.label,
+        "file": str(path),
+    }
+    if output == "table":
+        return row
+    return row | {
+        "verdict": None if curves is None else curves.verdict,
+        "curves": None if curves is None else curves.model_dump(mode="json"),
+    }
+
+
+def _points(curves: SetCurves) -> list[dict[str, Any]]:
+    """One row a share: R, KL and pass rate of the score order and its controls, – where not measured."""
+
+    def cell(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    names = {"score": "score", "random": "random", "largest": "magnitude"}
+    by_order = {short: [curve for curve in curves.curves if curve.order == order] for short, order in names.items()}
+    rows = []
+    for i, point in enumerate(by_order["score"][0].points):
+        row = {"share": f"{100 * point.share:g} %", "moved": str(point.components)}
+        for order, own in by_order.items():
+            values = [curve.points[i].recovery for curve in own]
+            row[f"R {order}"] = cell(sum(v or 0.0 for v in values) / len(values))
+        for order, own in by_order.items():
+            divergences = [kl for curve in own if (kl := curve.points[i].kl) is not None]
+            row[f"KL {order}"] = cell(sum(divergences) / len(divergences) if divergences else None)
+        for order in ("score", "random"):
+            row[f"pass {order}"] = cell(by_order[order][0].points[i].pass_rate)
+        rows.append(row)
+    return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,28 @@ class Bench:
             )
         return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
 
+    def encode_answers(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Batch, torch.Tensor]:
+        """Puts (prompt, answer) token ids into one left-padded batch.
+
+        Returns:
+            The batch, and the answers' ids as labels [B, K] on the right, -100 where an answer is shorter than the longest.
+        """
+        width, keep = max(len(p) + len(a) for p, a in examples), max(len(a) for _, a in examples)
+        ids = torch.full((len(examples), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        labels = torch.full((len(examples), keep), -100)
+        for i, (prompt, answer) in enumerate(examples):
+            ids[i, width - len(prompt) - len(answer) :] = torch.tensor([*prompt, *answer])
+            mask[i, width - len(prompt) - len(answer) :] = 1
+            labels[i, keep - len(answer) :] = torch.tensor(answer)
+        return Batch(ids.to(self.device), mask.to(self.device)), labels.to(self.device)
+
     # ------------------------------------------------------------------------------------------------------------- forward
+    def answer_logits(self, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+        """Logits that predict the labels of `encode_answers`, [B, K, vocabulary]."""
+        logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
+        return logits[:, :-1]
+
     def run(self, batch: Batch, stop: int) -> torch.Tensor:
         """The residual stream after `stop` layers, [B, T, D]; the layers above and the language head do not run."""
         found: list[torch.Tensor] = []
@@ -91,8 +112,10 @@ class Bench:
             self._call(batch)
         return found[0]
 
-    def _call(self, batch: Batch) -> Any:
-        return self.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+    def _call(self, batch: Batch, **options: Any) -> Any:
+        return self.module(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **options
+        )
 
     @torch.no_grad()
     def trace(self, batch: Batch, stop: int) -> Trace:
@@ -149,6 +172,32 @@ class Bench:
         finally:
             for target, before in reversed(saved):
                 target.copy_(before)
+
+    @contextlib.contextmanager
+    def patched_units(
+        self, units: Iterable[tuple[int, str, Sequence[int]]], source: Callable[[str], torch.Tensor]
+    ) -> Iterator[None]:
+        """Replaces many units at once by those of `source` inside the `with`; afterwards every bit is as before.
+
+        Args:
+            units: (layer, leaf kind, units of that kind) triples, each (layer, kind) at most once.
+            source: the other model's tensor by name.
+        """
+        saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+        try:
+            with torch.no_grad():
+                for layer, kind, chosen in units:
+                    for block in self.checkpoint.layout.blocks(layer, kind):
+                        target, dim = self.parameters[block.tensor].data, block.dim or 0
+                        starts = block.offset + torch.as_tensor(chosen).unsqueeze(1) * block.stride
+                        where = (starts + torch.arange(block.width)).flatten().to(target.device)
+                        saved.append((target, dim, where, target.index_select(dim, where)))
+                        theirs = source(block.tensor).index_select(dim, where.cpu())
+                        target.index_copy_(dim, where, theirs.to(target.device, target.dtype))
+            yield
+        finally:
+            for target, dim, where, before in reversed(saved):
+                target.index_copy_(dim, where, before)
 
 
 @dataclass(frozen=True)

@@ -238,30 +238,12 @@ class Calibration:
 
     def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """Mean negative log-likelihood per answer token of each example, [n]."""
-        bench, width = self.bench, max(len(e.prompt) + len(e.answer) for e in examples)
-        keep = max(len(e.answer) for e in examples)
-        ids = torch.full((len(examples), width), bench.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        labels = torch.full((len(examples), keep), -100)
-        for i, example in enumerate(examples):
-            tokens = example.prompt + example.answer
-            ids[i, width - len(tokens) :] = torch.tensor(tokens)
-            mask[i, width - len(tokens) :] = 1
-            labels[i, keep - len(example.answer) :] = torch.tensor(example.answer)
-        device = self.settings.device
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = bench.module(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            use_cache=False,
-            logits_to_keep=keep + 1,
-        ).logits[:, :-1]
+        batch, labels = self.bench.encode_answers([(e.prompt, e.answer) for e in examples])
+        logits = self.bench.answer_logits(batch, labels)
         per_token = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="none", ignore_index=-100
+            logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
         )
-        counts = torch.tensor([len(e.answer) for e in examples], device=device)
-        return per_token.view(len(examples), keep).sum(1) / counts
+        return per_token.view(labels.shape).sum(1) / (labels >= 0).sum(1)
 
     def _deltas_of(self, name: str) -> list[torch.Tensor | None]:
         if name not in self._deltas:

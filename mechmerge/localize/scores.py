@@ -18,6 +18,7 @@ import numpy as np
 
 from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
+from mechmerge.localize.curve_record import SetCurves
 from mechmerge.models.components import SCORED_KINDS
 from mechmerge.models.references import ModelId
 
@@ -71,6 +72,8 @@ class ScoreMetadata(Document):
     seed: int
     verified: dict[str, int]
     """Components of each kind that were really patched."""
+    curves: SetCurves | None = None
+    """Set curves beside their controls (localize/curves.py); None where they were not measured."""
     versions: dict[str, str]
 
 

@@ -1,13 +1,13 @@
 """The localize stage: anchors, screening and weight patching of one expert for any number of behaviours.
 
 Work is divided into units that are written when they are done (a behaviour's states, its anchor, its screening, the
-patches of each layer), so an interrupted call goes on where it stopped and ends with the same file.
+patches of each layer, each point of its set curves), so an interrupted call goes on where it stopped and ends with the
+same file.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +16,21 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mechmerge.artifacts import Document, Units, read_arrays, write_arrays
+from mechmerge.artifacts import Document, Units, digest, read_arrays, write_arrays
 from mechmerge.behaviors.chat import chat_template_of, render, template_digest
-from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
-from mechmerge.behaviors.verifiers import check_verifier, verify
+from mechmerge.behaviors.verifiers import check_verifier
 from mechmerge.errors import InputError, LocalizeError, PairError
 from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
+from mechmerge.localize.asked import ask
 from mechmerge.localize.bench import Batch, Bench, Trace, layer_source
+from mechmerge.localize.curve_bench import CurveBench, discard_expert
+from mechmerge.localize.curve_record import SetCurves
+from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
+from mechmerge.localize.curves import fresh_prompts, measure_curves
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
+from mechmerge.localize.steering import Steering
 from mechmerge.models.components import SCORED_KINDS, Component, parse_component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
@@ -35,6 +40,8 @@ from mechmerge.versions import versions
 
 Array = np.ndarray
 MODULE_KINDS = ("attention", "mlp", "layer")
+_CURVES = ("curves", "curve_seeds", "curve_output_shares", "curve_pass_prompts")
+"""Settings that name their own units, so that changing them keeps everything else."""
 
 
 class LocalizeSettings(Document):
@@ -48,6 +55,14 @@ class LocalizeSettings(Document):
     """Topics in each half: those that make the anchor, and those that validity and scores are measured on."""
     steering_prompts: int = Field(default=8, ge=0)
     """Held-out prompts answered in the steering check; 0 leaves it out."""
+    curves: bool = True
+    """Whether set curves are measured beside their controls."""
+    curve_seeds: int = Field(default=3, ge=2)
+    """Random orders that the score order is compared with; two at least, since their spread is part of the verdict."""
+    curve_output_shares: Shares = OUTPUT_SHARES
+    """Shares (of .01, .02, .05, .1, .2, .5, 1) at which the curves' sets are compared on the output."""
+    curve_pass_prompts: int = Field(default=8, ge=0)
+    """Prompts of the curves that patched models answer for pass rates; 0 leaves them out (they take most of the time)."""
     on_invalid: Literal["refuse", "report"] = "refuse"
     """What happens when an anchor fails its validity check: an error, or a file that says so."""
     batch: int = Field(default=4, ge=1)
@@ -130,7 +145,7 @@ class _Localizer:
         return self._bench
 
     def units(self, behavior: Behavior) -> Units:
-        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify"})
+        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify", *_CURVES})
         inputs = {
             "base": self.base.id.shards,
             "expert": self.expert.id.shards,
@@ -148,9 +163,12 @@ class _Localizer:
         self._states(behaviors)
         norms = self._norms(behaviors[0])
         paths = []
-        for behavior in behaviors:
+        for behavior, whole in zip(behaviors, given, strict=True):
             path = self.out / f"{behavior.name}.safetensors"
-            file = self._one(behavior, norms)
+            file, anchor = self._one(behavior, norms)
+            if self.settings.curves:
+                curves = self._curves(behavior, whole, file, anchor)
+                file = ScoreFile(file.metadata.model_copy(update={"curves": curves}), file.arrays)
             file.write(path)
             paths.append(path)
         for behavior in behaviors:
@@ -205,7 +223,7 @@ class _Localizer:
         return self.units(behavior).arrays("norms", lambda: delta_norms(self.base.checkpoint(), self.checkpoint))
 
     # -------------------------------------------------------------------------------------------------------- one behaviour
-    def _one(self, behavior: Behavior, norms: dict[str, Array]) -> ScoreFile:
+    def _one(self, behavior: Behavior, norms: dict[str, Array]) -> tuple[ScoreFile, Anchor]:
         units, settings = self.units(behavior), self.settings
         made, held_out = self._split(behavior)
         states = States(**units.arrays("states", dict))
@@ -276,7 +294,30 @@ class _Localizer:
             verified={kind: sum(c.kind == kind for c in chosen) for kind in SCORED_KINDS},
             versions=versions(),
         )
-        return ScoreFile(metadata, arrays)
+        return ScoreFile(metadata, arrays), anchor
+
+    def _curves(self, behavior: Behavior, whole: Behavior, file: ScoreFile, anchor: Anchor) -> SetCurves:
+        """The set curves of one score file; `whole` is the behaviour with all its pairs."""
+        settings, units = self.settings, self.units(behavior)
+        key = f"curve-{settings.verify}"
+
+        def measure() -> dict[str, Any]:
+            fresh = fresh_prompts(_topics(whole), 2 * settings.prompts, settings.prompts)
+            pairs = [whole.pairs[i] for i in fresh] or [behavior.pairs[i] for i in self._split(behavior)[1]]
+            asked = ask(self.bench, behavior, pairs)
+            base, answered = self.base.checkpoint(), settings.curve_pass_prompts
+            bench = CurveBench(self.bench, base, self.checkpoint, anchor, asked, answered, units, key)
+            seeds = range(settings.seed, settings.seed + settings.curve_seeds)
+            shares = settings.curve_output_shares
+            curves = measure_curves(bench, file, seeds, shares, bool(fresh), settings.seed, self.progress)
+            return curves.model_dump(mode="json")
+
+        told = digest([settings.curve_seeds, settings.curve_output_shares, settings.curve_pass_prompts])
+        curves = SetCurves.model_validate(units.json(f"{key}-all-{told[:12]}", measure))
+        discard_expert(units)
+        if not curves.above_controls:
+            self.progress.note(f"note: behaviour {behavior.name}: {curves.verdict}")
+        return curves
 
     def _anchor(self, behavior: Behavior, states: States, made: list[int], held_out: list[int]) -> tuple[AnchorRecord, Array]:
         units = self.units(behavior)
@@ -285,7 +326,9 @@ class _Localizer:
         def compute() -> dict[str, Any]:
             steer = self._steering(behavior, held_out)
             v = direction(states, layer, made)
-            rates = None if steer is None else (steer(layer, v, (0.0,)), steer(layer, v, STEERING_STRENGTHS))
+            rates = (
+                None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
+            )
             vector, record = judge(states, layer, made, held_out, rates, self.settings.seed)
             write_arrays(units.folder / "anchor-file.safetensors", {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
             return record.model_dump(mode="json")
@@ -302,39 +345,16 @@ class _Localizer:
         steer = self._steering(behavior, made)
         if steer is None:
             return candidates[-1]
-        rates = [steer(layer, direction(states, layer, made), STEERING_STRENGTHS[-1:]) for layer in candidates]
+        rates = [steer.best_rate(layer, direction(states, layer, made), STEERING_STRENGTHS[-1:]) for layer in candidates]
         return max(zip(rates, candidates, strict=True))[1]
 
-    def _steering(self, behavior: Behavior, prompts: list[int]) -> Callable[[int, Array, Sequence[float]], float] | None:
-        """A function (layer, v, strengths) → best pass rate of the steered base, or None where nothing judges answers."""
-        verifier, count = behavior.verifier, self.settings.steering_prompts
-        if verifier is None or count == 0:
+    def _steering(self, behavior: Behavior, prompts: list[int]) -> Steering | None:
+        """The steering check on the first of the given prompts, or None where nothing judges answers."""
+        count = self.settings.steering_prompts
+        if behavior.verifier is None or count == 0:
             return None
-        pairs = [behavior.pairs[i] for i in prompts[:count]]
-        template = chat_template_of(self.bench.tokenizer, behavior.chat_template)
-        texts = [render(self.bench.tokenizer, pair.with_, template) for pair in pairs]
-
-        def rate() -> float:
-            answers = generate(
-                self.bench.module,
-                self.bench.tokenizer,
-                texts,
-                max_new_tokens=behavior.answer_tokens,
-                batch=count,
-                special_tokens=template is None,
-            )
-            verdicts = [verify(verifier, p.with_, a.text, p.arguments) for a, p in zip(answers, pairs, strict=True)]
-            return sum(verdicts) / len(verdicts)
-
-        def steer(layer: int, v: Array, strengths: Sequence[float]) -> float:
-            best = 0.0
-            label = f"{behavior.name}: steering the base at layer {layer}"
-            for strength in track(strengths, label, len(strengths), self.progress):
-                with _added(self.bench, layer, torch.from_numpy(v) * strength):
-                    best = max(best, rate())
-            return best
-
-        return steer
+        asked = ask(self.bench, behavior, [behavior.pairs[i] for i in prompts[:count]])
+        return Steering(self.bench, asked, self.progress)
 
     # -------------------------------------------------------------------------------------------------------------- arrays
     def _arrays(
@@ -376,20 +396,3 @@ def _first_topics(behavior: Behavior, count: int) -> Behavior:
     kept = set(list(dict.fromkeys(topics))[:count])
     pairs = tuple(pair for pair, topic in zip(behavior.pairs, topics, strict=True) if topic in kept)
     return behavior.model_copy(update={"pairs": pairs})
-
-
-@contextlib.contextmanager
-def _added(bench: Bench, layer: int, vector: torch.Tensor) -> Iterator[None]:
-    """Adds a vector to the residual stream after `layer` layers, at the last prompt token and at every token generated."""
-    vector = vector.to(bench.device, bench.module.dtype)
-
-    def add(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        x = output[0] if isinstance(output, tuple) else output
-        x = torch.cat([x[:, :-1], x[:, -1:] + vector], 1)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    handle = bench.layers[layer - 1].register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
