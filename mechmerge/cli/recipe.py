@@ -12,7 +12,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("files", nargs=-1, required=True)
 @click.option("--policy", type=click.Choice(POLICIES), required=True, help="How coefficients are chosen.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="recipe.yaml; its masks go beside it."
@@ -30,9 +30,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 )
 @click.option("--agreement/--no-agreement", default=None, help="conflict: drop only what harms on both halves of the prompts.")
 @click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties: share of every delta that is kept.")
-@click.option(
-    "--like", type=click.Path(path_type=Path, dir_okay=False), help="random, magnitude: the recipe whose shares they copy."
-)
+@click.option("--like", metavar="FILE", help="random, magnitude: the recipe whose shares they copy.")
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
 @click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties: seed of what is drawn.")
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
@@ -44,11 +42,11 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 @quiet_option
 @format_option
 def command(
-    files: tuple[Path, ...],
+    files: tuple[str, ...],
     policy: str,
     out: Path,
     weights: tuple[str, ...],
-    like: Path | None,
+    like: str | None,
     seed: int,
     emit: str | None,
     models: tuple[str, ...],
@@ -58,17 +56,21 @@ def command(
 ) -> None:
     """Compile measured FILES (score, effect and rounds files) into a merge recipe.
 
+    FILES are paths, or files on the Hub: hf://datasets/owner/name[@revision]/scores/title.safetensors.
+
     conflict needs an effect file, rounds a rounds file, top score files of every expert; random and magnitude are made like
     another recipe; the baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
     """
     from mechmerge.cli.models import open_folders
+    from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.compile import compile_recipe, shares
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
+    progress = make_progress(quiet)
     folders = open_folders(models)
-    sources = read_sources(files)
-    model = None if like is None else read_recipe(like)
+    sources = read_sources([local_file(file, progress) for file in files])
+    model = None if like is None else read_recipe(local_file(like, progress))
     common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}
     compiled = compile_recipe(
         policy,
@@ -79,7 +81,6 @@ def command(
         delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),
         **common,
     )
-    progress = make_progress(quiet)
     for note in compiled.notes:
         progress.note(note)
     text = None if emit is None else _emitted(emit, compiled.recipe, compiled.masks, out, folders)

