@@ -13,9 +13,12 @@ from mechmerge.localize.effect_file import read_effects
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
-from mechmerge.report import figures, style, tables
+from mechmerge.report import effect_tables, figures, style, tables
+from mechmerge.report.curve_figure import curve_map, lines_of
 from mechmerge.report.files import find_run_files
+from mechmerge.report.inspection import inspect_file
 from mechmerge.report.summary import write_report
+from tests.curve_samples import set_curves
 from tests.samples import EXPERTS, LAYERS, effect_file, measured_run, score_file
 
 
@@ -129,7 +132,7 @@ def test_effects_keep_the_order_of_experts_through_a_file(tmp_path: Path) -> Non
     effect_file().write(tmp_path / "effects.safetensors")
     read = read_effects(tmp_path / "effects.safetensors")
     assert list(read.metadata.experts) == list(EXPERTS) == ["formats", "arithmetic"]
-    rows = tables.effects_rows(read)[1]
+    rows = effect_tables.effects_rows(read)[1]
     assert [row[:2] for row in rows][:2] == [("formats", "formats"), ("formats", "arithmetic")]
     assert rows[0][-1] == "0 %", "all effects of the formats expert on formats are positive"
     total = sum(float(a[0, 0].sum()) for name, a in read.arrays.items() if name.endswith(".effect"))
@@ -160,7 +163,7 @@ def test_report_says_where_scores_are_no_recovery(run: Path) -> None:
     assert all("not a recovery" in line for line in images)
     assert "not a recovery" not in good
     (modules,) = [line for line in text.splitlines() if "(figures/modules.png)" in line]
-    assert "not a recovery: title]" in modules
+    assert "; ⚠ title (not a recovery)]" in modules
     assert "| ⚠ title (not a recovery) |" in text, "the table by depth"
     anchors = text.split("### Anchors")[1]
     assert "**no**: separation 0.55 is below 0.8" in anchors
@@ -205,6 +208,54 @@ def test_hostile_names_stay_in_the_figures_folder(run: Path) -> None:
     assert sorted(p.name for p in run.parent.iterdir()) == ["run"]
     assert "<b>" not in text
     assert all(Path(link).parent == Path("figures") for link in re.findall(r"\]\((figures/[^)]+)\)", text))
+
+
+def test_curves_are_drawn_and_what_is_not_above_its_controls_is_said_everywhere(run: Path) -> None:
+    good, weak = set_curves(above=True), set_curves(above=False)
+    score_file("capitals", seed=1, curves=good).write(run / "scores" / "formats" / "capitals.safetensors")
+    path = run / "scores" / "arithmetic" / "arithmetic.safetensors"
+    score_file("arithmetic", "arithmetic", seed=9, curves=weak).write(path)
+    text = report(run)
+    assert (run / "figures" / "curves.png").is_file()
+    (image,) = [line for line in text.splitlines() if "(figures/curves.png)" in line]
+    assert "⚠ arithmetic (not above its controls)" in image
+    assert "capitals" not in image
+    table = text.split("### Set curves")[1].split("![")[0]
+    assert "| arithmetic | **not above its controls** | +0.190 \\[−0.100, +0.300] |" in table
+    assert "| capitals | yes |" in table
+    assert "| ⚠ arithmetic (not above its controls) |" in text, "the table by depth"
+    own = text.split("### arithmetic")[1]
+    assert own.count("not above its controls") >= 3, "the warning and both figures"
+    assert "not above its controls" in style.title_of(score_file("x", curves=weak).metadata, "Heads")
+    facts = {row["field"]: row["value"] for row in inspect_file(path).tables["scores"]}
+    assert facts["set curves"].startswith("NOT ABOVE ITS CONTROLS: lift 0.190")
+    assert facts["caveat"].startswith("not above its controls (lift 0.190")
+
+
+def test_a_report_without_curves_has_no_section_on_them(run: Path) -> None:
+    assert "Set curves" not in report(run)
+    with pytest.raises(InputError, match="at least one score file with curves"):
+        curve_map({"title": score_file()}, run / "curves.png")
+
+
+def test_random_curves_are_drawn_by_mean_and_range_where_all_were_measured() -> None:
+    curves = set_curves(above=True)
+    found = {line.order: line for line in lines_of(curves, "recovery")}
+    assert list(found) == ["score", "random", "magnitude"]
+    assert found["random"].share.tolist() == [0.0, 0.5, 1.0]
+    assert found["random"].value.tolist() == [0.0, 0.375, 1.0]
+    assert (found["random"].low[1], found["random"].high[1]) == (0.25, 0.5)
+    assert found["score"].low.tolist() == found["score"].value.tolist() == [0.0, 0.75, 1.0]
+    assert lines_of(curves, "pass_rate") == []
+    first, second = (curve for curve in curves.curves if curve.order == "random")
+    short = curves.model_copy(update={"curves": (first.model_copy(update={"points": first.points[:2]}), second)})
+    assert lines_of(short, "kl")[0].share.tolist() == [0.0, 0.5]
+
+
+def test_small_numbers_keep_three_digits() -> None:
+    assert [style.small(v) for v in (0.0, 1.25, -0.0123456, 0.000042)] == ["+0.000", "+1.250", "−0.0123", "+0.0000420"]
+    assert style.small(0.00123, 0.000456) == "+0.00123 ± 0.00046"
+    assert style.small(0.5, float("nan")) == "+0.500"
 
 
 # ------------------------------------------------------------------------------------------------------------ run directory

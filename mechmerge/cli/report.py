@@ -13,10 +13,15 @@ from mechmerge.cli.common import format_option
 @click.argument("run", type=click.Path(path_type=Path))
 @format_option
 def command(run: Path, output: str) -> None:
-    """Draw the heat maps of a run directory and write its summary: RUN/report.md and RUN/figures/*.png."""
+    """Draw the figures of a run directory and write its report: RUN/report.md, RUN/report.html and RUN/figures/*.png.
+
+    The HTML page is complete in itself: it can be moved and opened anywhere.
+    """
     import json
 
+    from mechmerge.publish.licenses import license_of
     from mechmerge.report.files import find_run_files
+    from mechmerge.report.html import write_page
     from mechmerge.report.summary import write_report
 
     files = find_run_files(run)
@@ -31,4 +36,5 @@ def command(run: Path, output: str) -> None:
         title=files.title,
         notes=files.notes,
     )
-    click.echo(json.dumps({"report": str(path)}) if output == "json" else str(path))
+    page = write_page(files, run, license_of)
+    click.echo(json.dumps({"report": str(path), "page": str(page)}) if output == "json" else f"{path}\n{page}")

@@ -18,9 +18,10 @@ from mechmerge.models.components import LEAF_KINDS
 from mechmerge.report.style import (
     GREY,
     MEASURES,
+    NOT_ABOVE,
     Array,
-    caveat,
     colour_bar,
+    doubts,
     figure,
     grid,
     layer_ticks,
@@ -89,8 +90,8 @@ def module_map(scores: Mapping[str, ScoreFile], path: Path) -> None:
     experts = ", ".join(dict.fromkeys(short_name(s.metadata.expert) for s in scores.values()))
     anchors = ", ".join(f"{b} {s.metadata.anchor.layer}" for b, s in scores.items())
     title = f"Modules: weight patching · experts: {experts}\nanchor after layer: {anchors}"
-    if any(caveat(s.metadata) for s in scores.values()):
-        title += "\n⚠ anchor not valid or raw differences: not a recovery"
+    weak = {doubt: [b for b, s in scores.items() if doubt in doubts(s.metadata)] for doubt in ("not a recovery", NOT_ABOVE)}
+    title += "".join(f"\n⚠ {doubt}: {', '.join(names)}" for doubt, names in weak.items() if names)
     heights = [0.6 + max(0.27 * n, 0.9) for n in rows]
     with figure(path, title, len(panels), sum(heights), height_ratios=heights) as (drawn, axes):
         for axis, (unit, panel) in zip(axes[:, 0], panels.items(), strict=True):
@@ -100,7 +101,7 @@ def module_map(scores: Mapping[str, ScoreFile], path: Path) -> None:
             image = grid(axis, values, span(np.where(grey, 0, values)), grey)
             for row in range(2, len(parts), 2):
                 axis.axhline(row - 0.5, color="black", linewidth=0.8)
-            marks = ["⚠ " if caveat(s.metadata) else "" for _, s, _, _ in parts]
+            marks = ["⚠ " if doubts(s.metadata) else "" for _, s, _, _ in parts]
             axis.set_yticks(range(len(parts)), [f"{m}{b} · {kind}" for m, (b, _, kind, _) in zip(marks, parts, strict=True)])
             layer_ticks(axis, values.shape[1])
             colour_bar(drawn, image, axis, wrapped(unit, 17 if len(parts) < 5 else 34))

@@ -13,7 +13,7 @@ from mechmerge.localize.rounds_file import read_rounds
 from mechmerge.localize.scores import read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import read_recipe
-from mechmerge.report import tables
+from mechmerge.report import effect_tables, tables
 from mechmerge.report.recipes import predicted_rows, recipe_rows
 from mechmerge.report.style import caveat
 
@@ -107,6 +107,7 @@ def _scores(path: Path) -> Inspection:
         anchor_after_layer=anchor.layer,
         anchor_valid="yes" if anchor.valid else "NO",
         caveat=caveat(meta),
+        set_curves=meta.curves.verdict if meta.curves is not None else None,
         separation=f"{anchor.separation:.3f}",
         gap=f"{anchor.gap:.3f} (95 % low {anchor.gap_low:.3f})",
         pass_rate_when_steered=steered,
@@ -146,8 +147,8 @@ def _effects(path: Path) -> Inspection:
     )
     shown = {
         "effects": facts,
-        "behaviours": _parsed(tables.losses_rows(file)),
-        "sums of effects": _parsed(tables.effects_rows(file)),
+        "behaviours": _parsed(effect_tables.losses_rows(file)),
+        "sums of effects": _parsed(effect_tables.effects_rows(file)),
     }
     return Inspection("effects", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 
@@ -163,8 +164,8 @@ def _rounds(path: Path) -> Inspection:
     )
     shown = {
         "rounds file": facts,
-        "rounds": _parsed(tables.rounds_rows(file)),
-        "behaviours": _parsed(tables.settled_rows(file)),
+        "rounds": _parsed(effect_tables.rounds_rows(file)),
+        "behaviours": _parsed(effect_tables.settled_rows(file)),
     }
     return Inspection("rounds", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 

@@ -4,18 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
+from mechmerge.models.families import FAMILIES, Architecture
+from mechmerge.models.references import ModelId
+from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe
-from mechmerge.report.style import signed
-from mechmerge.report.tables import Rows
+from mechmerge.report.loading import Measurements
+from mechmerge.report.style import Array, signed
+from mechmerge.report.tables import DEPTHS, Rows
 
 HEADER = ["recipe", "policy", "expert", "default", "rules", "heads in", "kv groups in", "neurons in", "parameters in"]
 """`in`: share of the expert's units with a coefficient other than 0; parameters: the same by head, kv and neuron parameters."""
+BY_WEIGHT = ("ties", "dare_ties")
+"""Methods of mergekit that choose single weights, not components."""
+
+
+class KeptOf(NamedTuple):
+    """The coefficients of a recipe."""
+
+    experts: dict[str, ModelId]
+    kinds: dict[str, dict[str, Array]]
+    """Expert → head, kv, neuron → float32 [layers, units]; an expert is missing where they are not known."""
+    instead: str | None
+    """What decides in the place of coefficients of components; None where those decide."""
+
+    def of(self, expert: str, kind: str) -> Array | None:
+        """[layers, units], or None where they are not known."""
+        return self.kinds.get(expert, {}).get(kind)
+
+    def units(self, model: ModelId, kind: str, shape: tuple[int, ...]) -> Array | None:
+        """The same by the expert's weights; None for another shape than `shape` as well."""
+        name = next((name for name, other in self.experts.items() if other.digest == model.digest), "")
+        found = self.of(name, kind)
+        return found if found is not None and found.shape == shape else None
+
+
+def coefficient_arrays(path: Path, run: Measurements) -> KeptOf:
+    """Resolves a recipe's defaults, rules and masks for the model that the run measured.
+
+    Raises:
+        InputError: a rule or mask does not fit the model's layers and units.
+        SchemaError: the recipe or its masks break their schema.
+    """
+    recipe, masks = read_recipe(path)
+    experts = {name: entry.model for name, entry in recipe.experts.items()}
+    if recipe.mergekit is not None and recipe.mergekit.method != "task_arithmetic":
+        return KeptOf(experts, {}, "by weight" if recipe.mergekit.method in BY_WEIGHT else "whole model")
+    shapes = _shapes(run, masks)
+    if set(shapes) != set(UNIT_KINDS):
+        return KeptOf(experts, {}, None)
+    # Coefficients need a model's sizes only; its family's names of tensors play no part.
+    arch = Architecture(
+        family=FAMILIES[0],
+        layers=shapes["head"][0],
+        hidden=1,
+        heads=shapes["head"][1],
+        kv_groups=shapes["kv"][1],
+        head_dim=1,
+        neurons=shapes["neuron"][1],
+        vocabulary=1,
+        tied=False,
+    )
+    units = coefficients(recipe, masks, arch).units
+    return KeptOf(experts, {name: {kind: units[name][kind] for kind in UNIT_KINDS} for name in experts}, None)
+
+
+def _shapes(run: Measurements, masks: Masks) -> dict[str, tuple[int, int]]:
+    """[layers, units] of heads, kv groups and neurons, as measurements or masks tell them."""
+    shapes: dict[str, tuple[int, int]] = {name.rpartition(".")[2]: mask.shape for name, mask in masks.items()}
+    for file in run.scores.values():
+        shapes |= {kind: file.arrays[f"{kind}.screen"].shape for kind in UNIT_KINDS if f"{kind}.screen" in file.arrays}
+    if run.effects is not None:
+        arrays = run.effects.arrays
+        shapes |= {kind: arrays[f"{kind}.effect"].shape[-2:] for kind in UNIT_KINDS if f"{kind}.effect" in arrays}
+    return shapes
+
+
+def depth_kept_rows(recipes: Mapping[str, KeptOf]) -> Rows:
+    """A header and one row for each recipe and expert: the share of units taken, by kind and third of the model."""
+    rows: list[tuple[object, ...]] = []
+    for name, kept in recipes.items():
+        for expert in kept.experts:
+            shares = []
+            for kind in UNIT_KINDS:
+                array = kept.of(expert, kind)
+                parts = [None] * len(DEPTHS) if array is None else np.array_split(array != 0, len(DEPTHS))
+                shares += ["–" if part is None or not part.size else f"{100 * part.mean():.0f} %" for part in parts]
+            rows.append((name, expert, *(shares if kept.instead is None else [kept.instead] * len(shares))))
+    names = {"head": "heads", "kv": "kv groups", "neuron": "neurons"}
+    return ["recipe", "expert", *(f"{names[kind]}, {depth}" for kind in UNIT_KINDS for depth in DEPTHS)], rows
 
 
 def unit_sizes(matrix: EffectFile | None, files: Iterable[ScoreFile]) -> dict[str, int]:
@@ -82,8 +165,7 @@ def _share(recipe: Recipe, masks: Masks, expert: str, kind: str) -> str:
         return f"{100 * float((mask != 0).mean()):.1f} %"
     if any(rule.expert == expert for rule in recipe.rules):
         return "by rule"
-    if recipe.mergekit is not None and recipe.mergekit.method in ("ties", "dare_ties"):
-        # These methods choose single weights, not components.
+    if recipe.mergekit is not None and recipe.mergekit.method in BY_WEIGHT:
         return "by weight"
     return "100 %" if recipe.experts[expert].default != 0 else "0 %"
 

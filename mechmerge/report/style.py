@@ -6,6 +6,7 @@ grey (their score is 0 by construction) and cells that were not measured are hat
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ MEASURES = {
     "activation": "activation patching",
 }
 """What each measure of a score file is called in titles."""
+NOT_ABOVE = "not above its controls"
+"""Label of a localization whose set curves are no better than random sets or the largest deltas."""
 
 
 def short_name(model: ModelId) -> str:
@@ -44,14 +47,27 @@ def unit_of(metadata: ScoreMetadata) -> str:
     return "recovery (base 0, expert 1)" if metadata.anchor.valid else "invalid anchor: not a recovery"
 
 
+def doubts(metadata: ScoreMetadata) -> tuple[str, ...]:
+    """What weakens a localization, in a few words each; empty for a recovery that is above its controls or has no curves."""
+    found = []
+    if not metadata.anchor.valid or metadata.scale != "recovery":
+        found.append("not a recovery")
+    if metadata.curves is not None and not metadata.curves.above_controls:
+        found.append(NOT_ABOVE)
+    return tuple(found)
+
+
 def caveat(metadata: ScoreMetadata) -> str:
-    """What has to be said wherever the scores are shown; empty for a valid anchor with a recovery."""
+    """What has to be said wherever the scores are shown; empty where `doubts` finds nothing."""
     said = []
     if not metadata.anchor.valid:
         said.append(f"anchor not valid ({'; '.join(metadata.anchor.reasons) or 'no reason stored'})")
     if metadata.scale != "recovery":
         said.append("raw differences")
-    return f"{', '.join(said)}: not a recovery" if said else ""
+    parts = [f"{', '.join(said)}: not a recovery"] if said else []
+    if metadata.curves is not None and not metadata.curves.above_controls:
+        parts.append(f"{NOT_ABOVE} ({metadata.curves.verdict.partition(': ')[2]})")
+    return "; ".join(parts)
 
 
 def title_of(metadata: ScoreMetadata, what: str) -> str:
@@ -68,6 +84,13 @@ def wrapped(text: str, width: int) -> str:
 def signed(value: float) -> str:
     """A number with its sign and three decimals, with a real minus."""
     return f"{value:+.3f}".replace("-", "−")
+
+
+def small(value: float, error: float = math.nan) -> str:
+    """A number with its sign and three decimals or, below 0.1, three significant digits; with its standard error if known."""
+    decimals = 3 if value == 0 or abs(value) >= 0.1 else min(8, 2 - math.floor(math.log10(abs(value))))
+    said = f"{value:+.{decimals}f}".replace("-", "−")
+    return f"{said} ± {error:.{decimals}f}" if math.isfinite(error) else said
 
 
 @contextmanager

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mechmerge.artifacts import parse_document, parse_json, read_text, write_text
-from mechmerge.errors import InputError
-from mechmerge.localize.effect_file import EffectFile, read_effects
-from mechmerge.localize.rounds_file import read_rounds
-from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.artifacts import write_text
+from mechmerge.evaluate.gate import GateResult
+from mechmerge.evaluate.record import Evaluation
+from mechmerge.evaluate.table import markdown_table
+from mechmerge.localize.effect_file import EffectFile, EffectMetadata
+from mechmerge.localize.rounds_file import RoundsFile
+from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.models.references import ModelId
-from mechmerge.report import figures, tables
+from mechmerge.report import effect_tables, figures, tables
+from mechmerge.report.curve_figure import curve_map
+from mechmerge.report.loading import read_measurements
 from mechmerge.report.recipes import predicted_rows, recipe_rows, unit_sizes
-from mechmerge.report.style import caveat, short_name
+from mechmerge.report.style import caveat, doubts, short_name
 from mechmerge.versions import versions
 
 TOP = 8
@@ -31,6 +34,25 @@ LIMITS = (
     "A gain in one behaviour can damage others, those that nobody measured included.",
 )
 """What the method's paper states as limits, and what follows for a reader."""
+RECIPES_SAID = (
+    "*In*: share of an expert's units whose coefficient is not 0, and the same by their parameters; the default "
+    "covers everything that no rule and no mask names."
+)
+PREDICTED_SAID = (
+    "Predicted change of loss against the base (nats per answer token; negative is better). A prediction without a "
+    "measurement is linear in what is dropped, which the loss is not:"
+)
+DEPTH_SAID = "Share of the positive weight-patching scores in each third of the model (components after the anchor have none):"
+CURVES_SAID = (
+    "The base with a growing share of the expert's heads, KV groups and neurons moved in: the best by score, beside random "
+    "sets and the largest deltas of the same size. Lift: the area between the score curve and a control's, over shares from 0 "
+    "to 1. A localization whose intervals are not both above 0 is not above its controls: it means no more than they do."
+)
+ROUNDS_SAID = (
+    "Starting from the sum, each round turned over the components whose effect at the merge, and along the path to the "
+    "change, agreed on both halves of the calibration prompts. Weighted gain: Σ weight × (base's loss − loss) / own "
+    "expert's gain. Losses in nats per answer token, on calibration answers."
+)
 
 
 def write_report(
@@ -65,18 +87,15 @@ def write_report(
         InputError: nothing to report on, or scores and effects of different bases.
         SchemaError: a file that breaks its schema.
     """
-    if not (scores or effects or recipes or evaluation):
-        raise InputError("report", expected="score, effect, recipe or evaluation files", found="none")
-    files = _labelled([read_scores(path) for path in scores])
-    matrix = read_effects(effects) if effects is not None else None
-    base, experts = _models(files, matrix)
-    lines = [f"# {title or 'Report'}", "", *([notes, ""] if notes else [])]
+    read = read_measurements(scores, effects, recipes, evaluation, gate, rounds)
+    files, matrix, base, experts = read.scores, read.effects, read.base, read.experts
+    lines = [f"# {tables.cell(title or 'Report')}", "", *([tables.cell(notes), ""] if notes else [])]
     if base is not None:
         lines += ["## Models", "", *tables.models_table(base, experts)]
     # The result first: what a merge does is decided by its evaluation.
-    lines += _evaluation_section(evaluation, gate)
+    lines += _evaluation_section(read.evaluation, read.gate)
     lines += recipe_section(recipes, unit_sizes(matrix, files.values()))
-    lines += _rounds_section(rounds)
+    lines += _rounds_section(read.rounds)
     lines += _effect_section(matrix, out)
     lines += _score_section(files, out)
     lines += ["## Limits", "", *(f"- {limit}" for limit in LIMITS), ""]
@@ -85,57 +104,13 @@ def write_report(
     return out / "report.md"
 
 
-def _labelled(files: Sequence[ScoreFile]) -> dict[str, ScoreFile]:
-    """Score files by behaviour, with the expert added where a behaviour stands twice."""
-    names = [file.metadata.behavior for file in files]
-    labelled: dict[str, ScoreFile] = {}
-    for file in files:
-        meta = file.metadata
-        label = meta.behavior if names.count(meta.behavior) == 1 else f"{meta.behavior} ({short_name(meta.expert)})"
-        if label in labelled:
-            label = f"{meta.behavior} ({meta.expert.name} {meta.expert.digest[:8]})"
-        if label in labelled:
-            raise InputError("report", expected="one score file for each behaviour and expert", found=f"two of {label}")
-        labelled[label] = file
-    return labelled
-
-
-def _models(files: dict[str, ScoreFile], matrix: EffectFile | None) -> tuple[ModelId | None, dict[str, ModelId]]:
-    """The base, and the experts by name."""
-    documents = [file.metadata.base for file in files.values()] + ([matrix.metadata.base] if matrix else [])
-    for other in documents:
-        if other.digest != documents[0].digest:
-            raise InputError(
-                "report",
-                expected=f"measurements of one base ({documents[0].name} {documents[0].digest[:12]})",
-                found=f"another base ({other.name} {other.digest[:12]})",
-                fix="report on each base apart",
-            )
-    experts = dict(matrix.metadata.experts) if matrix else {}
-    for file in files.values():
-        expert = file.metadata.expert
-        if expert.digest not in {model.digest for model in experts.values()}:
-            experts[short_name(expert) if short_name(expert) not in experts else expert.name] = expert
-    return (documents[0] if documents else None), experts
-
-
-def _evaluation_section(evaluation: Path | None, gate: Path | None) -> list[str]:
-    if evaluation is None:
+def _evaluation_section(record: Evaluation | None, gate: GateResult | None) -> list[str]:
+    if record is None:
         return []
-    from mechmerge.evaluate.gate import GateResult
-    from mechmerge.evaluate.record import Evaluation
-    from mechmerge.evaluate.table import markdown_table
-
-    record = parse_document(Evaluation, parse_json(read_text(evaluation), str(evaluation)), str(evaluation))
     lines = ["## Evaluation", "", markdown_table(record).strip(), ""]
     if gate is not None:
-        result = parse_document(GateResult, parse_json(read_text(gate), str(gate)), str(gate))
-        lines += [
-            f"Gate: **{'passed' if result.passed else 'refused'}**.",
-            "",
-            *(f"- {tables.cell(rule.line)}" for rule in result.rules),
-            "",
-        ]
+        lines += [f"Gate: **{'passed' if gate.passed else 'refused'}**.", ""]
+        lines += [*(f"- {tables.cell(rule.line)}" for rule in gate.rules), ""]
     return lines
 
 
@@ -143,57 +118,55 @@ def recipe_section(recipes: dict[str, Path], sizes: Mapping[str, int]) -> list[s
     """Lines of the section on recipes: shares, and what the recipes predict of the loss."""
     if not recipes:
         return []
-    said = (
-        "*In*: share of an expert's units whose coefficient is not 0, and the same by their parameters; the default "
-        "covers everything that no rule and no mask names."
-    )
-    lines = ["## Recipes", "", said, "", *tables.table(*recipe_rows(recipes, sizes))]
+    lines = ["## Recipes", "", RECIPES_SAID, "", *tables.table(*recipe_rows(recipes, sizes))]
     header, rows = predicted_rows(recipes)
     if rows:
-        lines += [
-            "Predicted change of loss against the base (nats per answer token; negative is better). A prediction without a "
-            "measurement is linear in what is dropped, which the loss is not:",
-            "",
-        ]
-        lines += tables.table(header, rows)
+        lines += [PREDICTED_SAID, "", *tables.table(header, rows)]
     return lines
 
 
-def _rounds_section(rounds: Path | None) -> list[str]:
-    if rounds is None:
+def _rounds_section(file: RoundsFile | None) -> list[str]:
+    if file is None:
         return []
-    said = (
-        "Starting from the sum, each round turned over the components whose effect at the merge, and along the path to the "
-        "change, agreed on both halves of the calibration prompts. Weighted gain: Σ weight × (base's loss − loss) / own "
-        "expert's gain. Losses in nats per answer token, on calibration answers."
-    )
-    file = read_rounds(rounds)
-    return ["## Rounds", "", said, "", *tables.table(*tables.rounds_rows(file)), *tables.table(*tables.settled_rows(file))]
+    return [
+        "## Rounds",
+        "",
+        ROUNDS_SAID,
+        "",
+        *tables.table(*effect_tables.rounds_rows(file)),
+        *tables.table(*effect_tables.settled_rows(file)),
+    ]
 
 
 def _effect_section(matrix: EffectFile | None, out: Path) -> list[str]:
     if matrix is None:
         return []
     figures.effect_map(matrix, out / "figures" / "effects.png")
-    meta = matrix.metadata
     return [
         "## Effects",
         "",
-        f"What each component of each expert does to each behaviour along {meta.path}: its share of the drop in loss, in nats "
-        f"per answer token (positive helps), from {len(meta.nodes)} gradient points. The completeness error says how far the "
-        "shares miss the whole drop.",
+        effects_said(matrix.metadata),
         "",
-        *tables.table(*tables.losses_rows(matrix)),
-        *tables.table(*tables.effects_rows(matrix)),
+        *tables.table(*effect_tables.losses_rows(matrix)),
+        *tables.table(*effect_tables.effects_rows(matrix)),
         "![Effects by behaviour, expert, kind and layer](figures/effects.png)",
         "",
     ]
 
 
+def effects_said(meta: EffectMetadata) -> str:
+    """What the effects of a file are."""
+    return (
+        f"What each component of each expert does to each behaviour along {tables.cell(meta.path)}: its share of the drop in "
+        f"loss, in nats per answer token (positive helps), from {len(meta.nodes)} gradient points. The completeness error says "
+        "how far the shares miss the whole drop."
+    )
+
+
 def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     if not files:
         return []
-    lines = ["## Where the behaviours lie", "", "### Anchors", "", *tables.anchors_table(files)]
+    lines = ["## Where the behaviours lie", "", "### Anchors", "", *tables.table(*tables.anchors_rows(files))]
     wanted = {"attention.sufficiency", "mlp.sufficiency"}
     modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     if modules:
@@ -201,12 +174,17 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
         lines += [
             "### Modules",
             "",
-            "Share of the positive weight-patching scores in each third of the model (components after the anchor have none):",
+            DEPTH_SAID,
             "",
-            *tables.depth_table(modules),
-            f"![{_modules_caption(modules)}](figures/modules.png)",
+            *tables.table(*tables.depth_rows(modules)),
+            f"![Attention and MLP by layer{_doubtful(modules)}](figures/modules.png)",
             "",
         ]
+    header, rows = tables.curves_rows(files)
+    if rows:
+        curve_map(files, out / "figures" / "curves.png")
+        said = f"![Set curves and their controls{_doubtful(files)}](figures/curves.png)"
+        lines += ["### Set curves", "", CURVES_SAID, "", *tables.table(header, rows), said, ""]
     stems: set[str] = set()
     for number, (label, file) in enumerate(files.items()):
         stem = f"{tables.slug(short_name(file.metadata.expert))}-{tables.slug(label)}"
@@ -217,9 +195,9 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     return lines
 
 
-def _modules_caption(modules: dict[str, ScoreFile]) -> str:
-    doubtful = [tables.cell(label) for label, file in modules.items() if caveat(file.metadata)]
-    return "Attention and MLP by layer" + (f"; ⚠ not a recovery: {', '.join(doubtful)}" if doubtful else "")
+def _doubtful(files: dict[str, ScoreFile]) -> str:
+    weak = [tables.cell(tables.marked(label, file)) for label, file in files.items() if doubts(file.metadata)]
+    return f"; {', '.join(weak)}" if weak else ""
 
 
 def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> list[str]:
@@ -234,7 +212,7 @@ def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> l
     for kinds, what in ((UNIT_KINDS, "Heads, KV groups and neurons"), (("attention", "mlp"), "Modules")):
         ranked = tables.top_components(file, kinds, TOP)
         if ranked:
-            lines += [f"{what}, the top {len(ranked)}:", "", *tables.components_table(ranked)]
+            lines += [f"{what}, the top {len(ranked)}:", "", *tables.table(*tables.components_rows(ranked))]
     for name, kind, draw in (("heads", "head", figures.head_map), ("neurons", "neuron", figures.neuron_density)):
         if f"{kind}.screen" in file.arrays:
             draw(file, folder / f"{stem}-{name}.png")

@@ -1,27 +1,44 @@
-"""The tables of the summary: anchors, top components, where scores lie by depth, and effects."""
+"""The tables of the summary: models, anchors, set curves, top components, and where scores lie by depth."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
-from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
-from mechmerge.models.components import UNIT_KINDS, Component
+from mechmerge.models.components import Component
 from mechmerge.models.references import ModelId
-from mechmerge.report.style import Array, caveat, signed
+from mechmerge.report.style import NOT_ABOVE, Array, doubts, signed, small
 
+Rows = tuple[list[str], list[tuple[object, ...]]]
+"""A header and rows as long as it."""
+_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 DEPTHS = ("first third", "middle third", "last third")
 """Parts of the whole model, by layer."""
 
 
+def visible(text: str) -> str:
+    """A text with its control characters, half surrogates and marks of writing direction spelt out, as U+202E is in Python."""
+
+    def shown(character: str) -> str:
+        harmful = unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL
+        return character.encode("unicode_escape").decode() if harmful else character
+
+    return "".join(map(shown, text))
+
+
+def printable(text: str) -> str:
+    """`visible`, in one line."""
+    return visible(" ".join(text.split()))
+
+
 def cell(value: object) -> str:
     """A value as one Markdown table cell: names come from files that others wrote."""
-    text = " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'")
+    text = printable(str(value)).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[")
 
 
@@ -36,18 +53,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-") or "unnamed"
 
 
-def models_table(base: ModelId, experts: dict[str, ModelId]) -> list[str]:
+def models_rows(base: ModelId, experts: Mapping[str, ModelId]) -> Rows:
     """Base and experts with revision and the digest of their weights."""
-    rows = [("base", base), *((f"expert {name}", model) for name, model in experts.items())]
-    return table(
-        ["role", "model", "revision", "weights (sha256)"],
-        [(role, m.name, m.revision or "none (a local folder)", m.digest[:16]) for role, m in rows],
-    )
+    models = [("base", base), *((f"expert {name}", model) for name, model in experts.items())]
+    rows: list[tuple[object, ...]] = [
+        (role, m.name, m.revision or "none (a local folder)", m.digest[:16]) for role, m in models
+    ]
+    return ["role", "model", "revision", "weights (sha256)"], rows
 
 
-def anchors_table(scores: dict[str, ScoreFile]) -> list[str]:
+def models_table(base: ModelId, experts: Mapping[str, ModelId]) -> list[str]:
+    """`models_rows` in Markdown."""
+    return table(*models_rows(base, experts))
+
+
+def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
     """Anchors with their validity figures; whatever is not a recovery is said to be none."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for label, file in scores.items():
         anchor, meta = file.metadata.anchor, file.metadata
         steering = "no verifier"
@@ -70,7 +92,37 @@ def anchors_table(scores: dict[str, ScoreFile]) -> list[str]:
             )
         )
     header = ["behaviour", "after layer", "valid", "separation (AUC)", "gap (95 % low)", "pass rate, steered"]
-    return table([*header, "prompts / held out", "scores are"], rows)
+    return [*header, "prompts / held out", "scores are"], rows
+
+
+def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
+    """What the set curves of every localization say; no rows where none has any."""
+    rows: list[tuple[object, ...]] = []
+    for label, file in scores.items():
+        curves = file.metadata.curves
+        if curves is None:
+            continue
+        unit = "recovery" if curves.scale == "recovery" and file.metadata.anchor.valid else "**not a recovery**"
+        passes = (curves.base_pass_rate, curves.expert_pass_rate)
+        seen = "unseen" if curves.unseen else "**those that ordered the components**"
+        rows.append(
+            (
+                label,
+                "yes" if curves.above_controls else f"**{NOT_ABOVE}**",
+                _interval(curves.lift, curves.lift_low, curves.lift_high),
+                _interval(curves.magnitude_lift, curves.magnitude_lift_low, curves.magnitude_lift_high),
+                unit,
+                f"{curves.prompts} ({curves.topics} topics), {seen}",
+                "–" if curves.base_kl is None else f"{curves.base_kl:.3f}",
+                "–" if None in passes else " → ".join(f"{rate:.2f}" for rate in passes),
+            )
+        )
+    header = ["behaviour", "above its controls", "lift over random [95 %]", "lift over magnitude [95 %]", "units", "prompts"]
+    return [*header, "KL, expert to base", "pass rate, base → expert"], rows
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{signed(value)} [{signed(low)}, {signed(high)}]"
 
 
 class Ranked(NamedTuple):
@@ -106,17 +158,13 @@ def top_components(file: ScoreFile, kinds: Sequence[str], count: int) -> list[Ra
     return sorted((r for r in found if np.isfinite(r.screen)), key=lambda r: -r.screen)[:count]
 
 
-def components_table(ranked: Sequence[Ranked]) -> list[str]:
-    """A ranking as a table."""
-
-    def number(value: float) -> str:
-        return signed(value) if np.isfinite(value) else "–"
-
-    rows = []
+def components_rows(ranked: Sequence[Ranked]) -> Rows:
+    """A header and one row for each component of a ranking."""
+    rows: list[tuple[object, ...]] = []
     for entry in ranked:
-        error = f" ± {entry.stderr:.3f}" if np.isfinite(entry.stderr) else ""
-        rows.append((entry.name, number(entry.patched) + error, number(entry.screen)))
-    return table(["component", "weight patching ± standard error", "first-order estimate"], rows)
+        patched = small(entry.patched, entry.stderr) if np.isfinite(entry.patched) else "–"
+        rows.append((entry.name, patched, small(entry.screen) if np.isfinite(entry.screen) else "–"))
+    return ["component", "weight patching ± standard error", "first-order estimate"], rows
 
 
 def depth_shares(file: ScoreFile) -> dict[str, Array] | None:
@@ -136,88 +184,18 @@ def depth_shares(file: ScoreFile) -> dict[str, Array] | None:
     return {kind: values / total if total > 0 else np.zeros(len(DEPTHS)) for kind, values in sums.items()}
 
 
-def depth_table(scores: dict[str, ScoreFile]) -> list[str]:
-    """`depth_shares` of every behaviour that has module scores."""
-    rows = []
+def marked(label: str, file: ScoreFile) -> str:
+    """A behaviour's label with what weakens its localization."""
+    found = doubts(file.metadata)
+    return f"⚠ {label} ({', '.join(found)})" if found else label
+
+
+def depth_rows(scores: Mapping[str, ScoreFile]) -> Rows:
+    """`depth_shares` of every behaviour that has module scores; no rows where none has."""
+    rows: list[tuple[object, ...]] = []
     for label, file in scores.items():
         shares = depth_shares(file)
         if shares is not None:
-            marked = f"⚠ {label} (not a recovery)" if caveat(file.metadata) else label
-            rows.append((marked, *(f"{100 * s:.0f} %" for kind in ("attention", "mlp") for s in shares[kind])))
-    if not rows:
-        return []
-    return table(["behaviour", *(f"{kind}, {depth}" for kind in ("attention", "mlp") for depth in DEPTHS)], rows)
-
-
-Rows = tuple[list[str], list[tuple[object, ...]]]
-"""A header and rows as long as it."""
-
-
-def losses_rows(effects: EffectFile) -> Rows:
-    """What is known of each behaviour of an effect file."""
-    header = ["behaviour", "its expert", "weight", "answers used", "loss, path's start", "loss, path's end", "loss, its expert"]
-    rows: list[tuple[object, ...]] = [
-        (
-            f"{b.name} ({', '.join(b.members)})" if b.members != (b.name,) else b.name,
-            b.expert,
-            f"{b.weight:g}",
-            f"{b.answers} of {b.prompts}",
-            f"{b.loss_start:.3f}",
-            f"{b.loss_end:.3f}",
-            f"{b.loss_expert:.3f}",
-            f"{100 * b.completeness_error:.1f} %",
-        )
-        for b in effects.metadata.behaviors
-    ]
-    return [*header, "completeness error"], rows
-
-
-def effects_rows(effects: EffectFile) -> Rows:
-    """Summed effects by behaviour and expert, and how many heads, KV groups and neurons hurt (effect below 0)."""
-    rows: list[tuple[object, ...]] = []
-    kinds = [kind for kind in EFFECT_KINDS if f"{kind}.effect" in effects.arrays]
-    for b, behavior in enumerate(effects.metadata.behaviors):
-        for e, expert in enumerate(effects.metadata.experts):
-            sums = {kind: float(effects.arrays[f"{kind}.effect"][b, e].sum()) for kind in kinds}
-            rest = sum(value for kind, value in sums.items() if kind not in UNIT_KINDS)
-            units = np.concatenate(
-                [np.zeros(0), *(effects.arrays[f"{k}.effect"][b, e].ravel() for k in UNIT_KINDS if k in sums)]
-            )
-            by_kind = [signed(sums[kind]) if kind in sums else "–" for kind in UNIT_KINDS]
-            hurt = f"{100 * (units < 0).mean():.0f} %" if units.size else "–"
-            rows.append((behavior.name, expert, signed(sum(sums.values())), *by_kind, signed(rest), hurt))
-    return ["on", "of expert", "total", "heads", "kv groups", "neurons", "rest, norms, embeddings", "units that hurt"], rows
-
-
-def rounds_rows(file: RoundsFile) -> Rows:
-    """A header and one row for each round."""
-    names = [behavior.name for behavior in file.metadata.behaviors]
-    header = ["round", "proposed", "changed", "weighted gain", "kept", *(f"{name}: predicted, measured" for name in names)]
-    rows: list[tuple[object, ...]] = [
-        (
-            number,
-            record.proposed,
-            record.changed,
-            f"{record.gain:.3f}",
-            "yes" if record.accepted else "no",
-            *(f"{signed(record.predicted[name])}, {signed(record.realised[name])}" for name in names),
-        )
-        for number, record in enumerate(file.metadata.rounds, 1)
-    ]
-    return header, rows
-
-
-def settled_rows(file: RoundsFile) -> Rows:
-    """A header and one row for each behaviour: its losses at the base, its expert, the sum and the settled merge."""
-    header = ["behaviour", "its expert", "weight", "answers used", "loss, base", "loss, its expert", "loss, sum", "loss, merge"]
-    rows: list[tuple[object, ...]] = [
-        (
-            behavior.name,
-            behavior.expert,
-            f"{behavior.weight:g}",
-            behavior.answers,
-            *(f"{v:.3f}" for v in (behavior.loss_base, behavior.loss_expert, behavior.loss_sum, behavior.loss_merge)),
-        )
-        for behavior in file.metadata.behaviors
-    ]
-    return header, rows
+            parts = (f"{100 * s:.0f} %" for kind in ("attention", "mlp") for s in shares[kind])
+            rows.append((marked(label, file), *parts))
+    return ["behaviour", *(f"{kind}, {depth}" for kind in ("attention", "mlp") for depth in DEPTHS)], rows
