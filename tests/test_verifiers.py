@@ -14,6 +14,7 @@ from mechmerge.behaviors.prompts import material
 from mechmerge.behaviors.schema import Verifier, load_behavior
 from mechmerge.behaviors.verifiers import IFEVAL, NEED_PUNKT, check_arguments, check_verifier, verifier_names, verify
 from mechmerge.errors import InputError, MissingError
+from tests.punkt import without_punkt
 
 ENGLISH = "the garden behind the old house is full of roses and the children like to play there every evening"
 CASES = {
@@ -189,11 +190,9 @@ def test_unknown_names_list_the_known_ones():
 
 
 @pytest.mark.parametrize("name", sorted(NEED_PUNKT))
-def test_sentence_counting_says_where_its_data_comes_from(name, monkeypatch):
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [])
-    with pytest.raises(MissingError, match="punkt_tab"):
+def test_sentence_counting_says_where_its_data_comes_from(name, monkeypatch, tmp_path):
+    without_punkt(monkeypatch, tmp_path)
+    with pytest.raises(MissingError, match=r"punkt_tab.*nltk\.downloader"):
         check_verifier(Verifier(name=name))
 
 

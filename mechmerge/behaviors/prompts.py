@@ -1,7 +1,8 @@
 """The prompts of the built-in behaviours and suites, by split.
 
 Splits share neither a topic, nor a plain request, nor an unordered pair of operands; the IFEval wording of an
-instruction is the same everywhere, and wordings that no training saw are a tier of their own ("unseen").
+instruction is the same everywhere. Wordings that no training saw are a tier of their own ("unseen"), and so is what is harder
+than anything that was trained ("hard"): two formats at once, and sums of three digits.
 Instructions are worded as in IFEval (https://arxiv.org/abs/2311.07911, table 4).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +19,8 @@ from typing import Any, Literal
 import yaml
 
 Split = Literal["train", "calibrate", "develop", "test"]
+Tier = Literal["seen", "unseen", "hard"]
+TIERS: tuple[Tier, ...] = ("seen", "unseen", "hard")
 SPLITS: tuple[Split, ...] = ("train", "calibrate", "develop", "test")
 
 
@@ -30,8 +34,8 @@ class Prompt:
     """The same request without the instruction (the x⁻ of a contrast)."""
     behavior: str
     """The behaviour that the instruction asks for."""
-    tier: Literal["seen", "unseen"]
-    """Whether the wording of the instruction is the one that the demo's experts were trained on."""
+    tier: Tier
+    """`seen`: worded as the demo's experts were trained on; `unseen`: worded otherwise; `hard`: more than was trained."""
     topic: str
     """What the prompt is about; prompts of one topic are one cluster in statistics."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +66,19 @@ def format_prompts(name: str, split: Split, tier: Literal["seen", "unseen"] = "s
     ]
 
 
+def format_pairs(split: Split) -> list[tuple[Prompt, tuple[str, str]]]:
+    """The hard tier of the formats: two formats at once, two prompts a topic of the split; all pairs of formats take turns."""
+    formats = material()["formats"]
+    pairs = list(itertools.combinations(formats, 2))
+    made = []
+    for i, (topic, plain) in enumerate(requests(split)):
+        for turn in (2 * i, 2 * i + 1):
+            first, second = pairs[turn % len(pairs)]
+            text = f"{plain} {formats[first]['wording']} {formats[second]['wording']}"
+            made.append((Prompt(text, plain, "formats", "hard", topic), (first, second)))
+    return made
+
+
 def operands_split(a: int, b: int) -> Split:
     """The split that the unordered pair {a, b} belongs to, by hash: 60 % train, 20 % calibrate, 10 % develop, 10 % test."""
     low, high = sorted((a, b))
@@ -69,18 +86,25 @@ def operands_split(a: int, b: int) -> Split:
     return "train" if bucket < 6 else "calibrate" if bucket < 8 else "develop" if bucket == 8 else "test"
 
 
-def operand_pairs(split: Split) -> Iterator[tuple[int, int]]:
-    """All unordered pairs of two-digit operands of a split as (low, high), in an order fixed by hash."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100) if operands_split(a, b) == split]
+def operand_pairs(split: Split, hard: bool = False) -> Iterator[tuple[int, int]]:
+    """Unordered pairs of operands of a split as (low, high), in an order fixed by hash: all of two digits or, where `hard`,
+    some of three.
+    """
+    if hard:  # a grid that is coarse enough to be sorted at once; both steps are primes, so that all last digits occur
+        pairs = [(a, b) for a in range(101, 1000, 13) for b in range(a + 7, 1000, 17) if operands_split(a, b) == split]
+    else:
+        pairs = [(a, b) for a in range(10, 100) for b in range(a, 100) if operands_split(a, b) == split]
     return iter(sorted(pairs, key=lambda p: hashlib.sha256(f"order {p[0]},{p[1]}".encode()).digest()))
 
 
-def arithmetic_prompts(split: Split, n: int, tier: Literal["seen", "unseen"] = "seen") -> list[Prompt]:
-    """`n` two-digit additions and subtractions (taking turns; the larger operand first in a subtraction)."""
+def arithmetic_prompts(split: Split, n: int, tier: Tier = "seen") -> list[Prompt]:
+    """`n` additions and subtractions (taking turns; the larger operand first in a subtraction), of two digits or, in the tier
+    `hard`, of three.
+    """
     spec = material()["arithmetic"]
-    wordings = [spec["wording"]] if tier == "seen" else spec["unseen"]
+    wordings = spec["unseen"] if tier == "unseen" else [spec["wording"]]
     plain = requests("calibrate" if split == "calibrate" else split)
-    pairs = list(operand_pairs(split))
+    pairs = list(operand_pairs(split, hard=tier == "hard"))
     if tier == "unseen":
         pairs.reverse()
     prompts = []

@@ -1,7 +1,8 @@
-"""Judging answers: the official IFEval checkers, strict, and two of our own (`number`, `contains`).
+"""Judging answers: the official IFEval checkers, strict and loose, and three of our own (`number`, `contains`, `python`).
 
-IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdict of its
-`test_instruction_following_strict`. What is changed, so that a verdict depends on the answer alone and no network is needed:
+IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdicts of its
+`test_instruction_following_strict` and `…_loose`. What is changed,
+so that a verdict depends on the answer alone and no network is needed:
 - importing them reaches for no network and imports neither torch nor datasets (`_registry`);
 - language detection and the checkers' random defaults are seeded, and a missing argument is an error, not a random one;
 - `keywords:letter_frequency` counts the character that was asked for, letter or not (lm-eval draws a random letter instead).
@@ -17,10 +18,11 @@ import random
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from mechmerge.behaviors.punkt import ensure_punkt
 from mechmerge.behaviors.schema import Verifier
 from mechmerge.errors import InputError, MissingError
 
@@ -52,7 +54,8 @@ IFEVAL: dict[str, tuple[str, ...]] = {
     "startend:end_checker": ("end_phrase",),
     "startend:quotation": (),
 }
-OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",)}
+OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",), "python": ("tests", "entry")}
+"""`contains`: the answer holds `text`; `number`: its last number is `answer`; `python`: its code passes `tests`."""
 LETTER = "keywords:letter_frequency"
 NEED_PUNKT = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
 """Checkers that split text with NLTK's sentence model, which no package ships."""
@@ -69,11 +72,11 @@ def check_verifier(verifier: Verifier) -> None:
 
     Raises:
         InputError: an unknown name or argument.
-        MissingError: the checker needs NLTK's sentence model, and it is not installed.
+        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
     """
     _keys(verifier.name, verifier.arguments)
     if verifier.name in NEED_PUNKT:
-        _check_punkt(verifier.name)
+        ensure_punkt()
 
 
 def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
@@ -85,31 +88,57 @@ def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
     _arguments(verifier, arguments)
 
 
-def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether an answer passes.
+def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str, Any], *, loose: bool = False) -> bool:
+    """Whether an answer passes; an empty one never does.
 
     Args:
         verifier: the checker, its arguments, and the least number of words that an answer must have.
         prompt: what was asked.
         answer: what the model said.
         arguments: arguments of this prompt alone; they stand above the verifier's own.
+        loose: whether it is enough that the answer passes without its first line, its last line or both, or without asterisks.
 
     Raises:
         InputError: an unknown verifier, or a missing, unknown or refused argument.
-        MissingError: the checker needs NLTK's sentence model, and it is not installed.
+        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
     """
     merged = _arguments(verifier, arguments)
-    if not answer.strip() or len(re.findall(r"\S*\w\S*", answer)) < verifier.min_words:
-        return False
-    if verifier.name == "contains":
-        return str(merged["text"]) in answer
-    if verifier.name == "number":
-        found = _NUMBER.findall(answer)
-        return bool(found) and _decimal(found[-1]) == _decimal(merged["answer"])
     if verifier.name in NEED_PUNKT:
-        _check_punkt(verifier.name)
-    with _seeded():
-        return bool(_checker(verifier.name, prompt, merged).check_following(answer))
+        ensure_punkt()
+    if verifier.name in OWN:
+        return any(_long_enough(verifier, text) and _own(verifier.name, text, merged) for text in _readings(answer, loose))
+    with _seeded() as reseed:
+        checker = _checker(verifier.name, prompt, merged)
+        for text in _readings(answer, loose):
+            # Every text is judged as if it were the first: a verdict depends on nothing that was judged before.
+            reseed()
+            if _long_enough(verifier, text) and checker.check_following(text):
+                return True
+    return False
+
+
+def _readings(answer: str, loose: bool) -> list[str]:
+    """The texts of which one must pass, each once: the answer, or IFEval's eight loose ones in lm-eval's order."""
+    if not loose:
+        return [answer]
+    lines = answer.split("\n")
+    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    return list(dict.fromkeys([answer, answer.replace("*", ""), *cut, *(text.replace("*", "") for text in cut)]))
+
+
+def _long_enough(verifier: Verifier, text: str) -> bool:
+    return bool(text.strip()) and (not verifier.min_words or len(re.findall(r"\S*\w\S*", text)) >= verifier.min_words)
+
+
+def _own(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
+    if name == "contains":
+        return str(arguments["text"]) in answer
+    if name == "python":
+        from mechmerge.behaviors.sandbox import judge
+
+        return judge(answer, arguments)
+    found = _NUMBER.findall(answer)
+    return bool(found) and _decimal(found[-1]) == _decimal(arguments["answer"])
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments
@@ -217,29 +246,19 @@ def _registry() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """Fixed seeds of langdetect and of `random`, put back afterwards."""
+def _seeded() -> Iterator[Callable[[], None]]:
+    """Fixed seeds of langdetect and of `random`, put back afterwards; what is given sets them anew."""
     from langdetect import DetectorFactory
 
     state, seed = random.getstate(), DetectorFactory.seed
-    random.seed(0)
-    DetectorFactory.seed = 0
+
+    def reseed() -> None:
+        random.seed(0)
+        DetectorFactory.seed = 0
+
+    reseed()
     try:
-        yield
+        yield reseed
     finally:
         random.setstate(state)
         DetectorFactory.seed = seed
-
-
-def _check_punkt(name: str) -> None:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
-        raise MissingError(
-            f"verifier {name}",
-            expected="NLTK's punkt_tab data",
-            found="none",
-            fix="run `python -m nltk.downloader punkt_tab` (without the Hub: from github.com/nltk/nltk_data by hand)",
-        ) from None
