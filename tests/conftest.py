@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mechmerge.models.references import Model, resolve
+from tests.hub.fixtures import hub, lfs_hub, runner  # noqa: F401  (fixtures)
+from tests.publishing import original_run, publisher, run, send  # noqa: F401  (fixtures)
 from tests.tiny import tiny_expert, tiny_model
 
 REAL_CACHE = os.environ.get("MECHMERGE_CACHE")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, SuiteRecord, SuiteResult
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, SuiteRecord, SuiteResult, Units
 from mechmerge.localize.effect_file import BehaviorEffect, EffectFile, EffectMetadata
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
 from mechmerge.models.references import ModelId
@@ -123,11 +123,32 @@ def measured_run(run: Path, behaviors: Sequence[str] = ("title", "capitals")) ->
     return run
 
 
+def plain_units(n: int, clusters: int) -> Units:
+    """Units of one group, in so many clusters, of a headline metric."""
+    return Units(cluster=tuple(i % clusters for i in range(n)), groups=("all",), group=(0,) * n, headline=True)
+
+
 def evaluation(*models: str) -> Evaluation:
     """An evaluation in which every model passes 60 of 120 formats."""
     metric = Metric(value=0.5, n=120, clusters=20, low=0.41, high=0.59)
-    result = SuiteResult(metrics={"formats": metric}, errors=0, tokens=9, unfinished=0, template="none", answers="0")
-    suite = SuiteRecord(digest="0", split="test", prompts=120, answer_tokens=8, chat_template="model", groups=("title",))
+    result = SuiteResult(
+        metrics={"formats": metric},
+        outcomes={"formats": "01" * 60},
+        errors=0,
+        tokens=9,
+        unfinished=0,
+        template="none",
+        answers="0",
+    )
+    suite = SuiteRecord(
+        digest="0",
+        split="test",
+        prompts=120,
+        answer_tokens=8,
+        chat_template="model",
+        groups=("title",),
+        units={"formats": plain_units(120, 20)},
+    )
     return Evaluation(
         suites={"formats": suite},
         models={name: ModelResult(id=EXPERTS.get(name, BASE), suites={"formats": result}) for name in models},

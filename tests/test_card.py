@@ -12,11 +12,19 @@ from huggingface_hub import ModelCard
 from mechmerge.artifacts import read_document, write_json
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.evaluate.gate import GateResult, RuleResult
+from mechmerge.evaluate.record import PairTest
 from mechmerge.models.references import ModelId
-from mechmerge.publish.card import hub_ids, write_card
-from mechmerge.publish.licenses import license_of, license_of_merge
+from mechmerge.publish.card import card_contents, hub_ids, make_card, write_card
+from mechmerge.publish.licenses import ParentFacts, hub_lookup, languages_of_merge, license_of, license_of_merge
+from mechmerge.publish.repository import Repository
+from mechmerge.publish.results import eval_results
+from mechmerge.publish.scores import pack_scores
 from mechmerge.recipe.schema import Recipe, RecipeExpert, write_recipe
-from tests.samples import BASE, EXPERTS, evaluation, recipe, whole_run
+from tests.curve_samples import set_curves
+from tests.hub import Hub
+from tests.hub.accounts import WRITER
+from tests.hub.runner import Runner
+from tests.samples import BASE, EXPERTS, evaluation, recipe, score_file, whole_run
 
 HUB = {
     name: ModelId(name=name, revision="c" * 40, shards={"model.safetensors": "3" * 64})
@@ -42,7 +50,43 @@ def test_metadata_is_what_the_hub_reads(run: Path) -> None:
         "tags": ["merge", "mergekit", "mechmerge"],
         "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
         "base_model_relation": "merge",
+        "language": ["en"],
+        "model-index": [
+            {
+                "name": "conflict",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "formats (120 prompts)", "type": "mechmerge/formats", "split": "test"},
+                        "metrics": [
+                            {
+                                "type": "pass_rate",
+                                "value": 0.5,
+                                "name": "formats",
+                                "args": {"n": 120, "low": 0.41, "high": 0.59},
+                            }
+                        ],
+                    }
+                ],
+            }
+        ],
     }
+
+
+def test_cards_pass_the_hubs_own_validation(lfs_hub: Hub, runner: Runner, run: Path, tmp_path: Path) -> None:
+    card = write_card(run)
+    pack_scores(run, tmp_path / "scores", "me/scores")
+    code = (
+        "import sys\nfrom huggingface_hub import DatasetCard, ModelCard\n"
+        "ModelCard.load(sys.argv[1]).validate()\nDatasetCard.load(sys.argv[2]).validate()"
+    )
+    done = runner.python(code, card, tmp_path / "scores" / "README.md")
+    assert done.code == 0, done.err
+    assert [entry.path for entry in lfs_hub.requests()] == ["/api/validate-yaml"] * 2
+    card.write_text(card.read_text().replace("base_model_relation: merge", "base_model_relation: nonsense"))
+    refused = runner.python(code, card, card)
+    assert refused.code == 1
+    assert "base_model_relation" in refused.err
 
 
 def test_the_card_is_at_the_runs_readme_unless_told_otherwise(run: Path, tmp_path: Path) -> None:
@@ -115,9 +159,68 @@ def test_a_model_that_was_not_evaluated_is_said_to_be_none(run: Path) -> None:
 def test_only_figures_that_are_there_are_shown(run: Path, tmp_path: Path) -> None:
     assert "](figures/" not in write_card(run).read_text("utf-8")
     (run / "figures").mkdir()
-    (run / "figures" / "effects.png").write_bytes(b"png")
-    assert re.findall(r"\]\((figures/.*?)\)", write_card(run).read_text("utf-8")) == ["figures/effects.png"]
+    for name in ("effects.png", "curves.png", "another.png"):
+        (run / "figures" / name).write_bytes(b"png")
+    assert re.findall(r"\]\((figures/.*?)\)", write_card(run).read_text("utf-8")) == [
+        "figures/effects.png",
+        "figures/curves.png",
+    ]
     assert "](figures/" not in write_card(run, out=tmp_path / "CARD.md").read_text("utf-8")
+
+
+def test_a_doubtful_localization_is_labelled(run: Path) -> None:
+    said = section(write_card(run).read_text("utf-8"), "Where the behaviours lie")
+    assert "- ⚠ title: anchor not valid (separation 0.55 is below 0.8): not a recovery" in said
+    assert "capitals" not in said
+    score_file("capitals", curves=set_curves(above=False)).write(run / "scores" / "formats" / "capitals.safetensors")
+    said = section(write_card(run).read_text("utf-8"), "Where the behaviours lie")
+    assert "- ⚠ capitals: not above its controls (lift" in said
+
+
+def test_the_pairs_are_this_models_against_its_parents(run: Path) -> None:
+    record = evaluation("base", "formats", "arithmetic", "conflict")
+    pairs = [
+        PairTest(model=model, against=against, metric="formats", difference=0.1, low=0.0, high=0.2, better=9, worse=1, p=0.1,
+                 p_holm=0.2)
+        for model, against in (("conflict", "base"), ("conflict", "formats"), ("formats", "base"))
+    ]  # fmt: skip
+    record.model_copy(update={"pairs": tuple(pairs)}).write(run / "evaluation.json")
+    said = section(write_card(run).read_text("utf-8"), "Evaluation")
+    assert "This model against each parent" in said
+    assert "| conflict | base | formats | +0.10 [+0.00, +0.20] |" in said
+    assert "| conflict | formats | formats |" in said
+    assert "| formats | base |" not in said
+
+
+def test_parents_on_the_hub_are_linked_at_their_commit_and_given_to_the_command(run: Path) -> None:
+    commit = "c" * 40
+    hub = ModelId(name="HuggingFaceTB/SmolLM2-360M", revision=commit, shards={"model.safetensors": "3" * 64})
+    local = ModelId(name="my-folder", shards={"model.safetensors": "4" * 64})
+    merge = recipe(base=hub, experts={"a": RecipeExpert(model=hub), "b": RecipeExpert(model=local)})
+    path = run / "recipes" / "hub" / "recipe.yaml"
+    write_recipe(path, merge)
+    contents = card_contents("hub", merge, path, None, "mit")._replace(repo="me/merge", folder="mechmerge/")
+    text = make_card(contents)
+    assert f"(https://huggingface.co/{hub.name}/tree/{commit})" in section(text, "Parents")
+    command = section(text, "How to make it again")
+    assert "mechmerge merge hf://me/merge/mechmerge/recipe.yaml OUT" in command
+    assert f"--model base={hub.name}@{commit} " in command
+    assert "--model b=FOLDER\n" in command
+    assert ModelCard(text).data.base_model == [hub.name]
+
+
+def test_only_benchmarks_of_the_hub_are_claimed_as_such() -> None:
+    record = evaluation("conflict")
+    assert eval_results(record, "conflict") is None, "a suite of our own is on no leaderboard"
+    result = record.models["conflict"].suites["formats"]
+    asked = {"ifeval": record.suites["formats"]}
+    metrics = {"ifeval": result.metrics["formats"]}
+    model = record.models["conflict"].model_copy(update={"suites": {"ifeval": result.model_copy(update={"metrics": metrics})}})
+    record = record.model_copy(update={"suites": asked, "models": {"conflict": model}})
+    (entry,) = yaml.safe_load(eval_results(record, "conflict") or "")
+    assert (entry["dataset"]["id"], entry["value"]) == ("google/IFEval", 0.5)
+    limited = {"ifeval": asked["ifeval"].model_copy(update={"limited": True})}
+    assert eval_results(record.model_copy(update={"suites": limited}), "conflict") is None
 
 
 def test_shares_of_the_recipe(run: Path) -> None:
@@ -166,6 +269,26 @@ def test_an_unknown_licence_is_demanded_from_the_user(run: Path) -> None:
         write_card(run, "conflict")
     card = ModelCard.load(write_card(run, "conflict", license="cc0-1.0"))
     assert card.data.license == "cc0-1.0"
+
+
+def test_licence_and_language_are_read_from_the_parents_cards(lfs_hub: Hub) -> None:
+    for name, license in (("base", "llama3.2"), ("expert", "llama3.2"), ("other", "other")):
+        Repository(f"writer/{name}", endpoint=lfs_hub.url, token=WRITER).create(private=False)
+        card = f"---\nlicense: {license}\nlanguage: [en, de]\n---\n# {name}\n"
+        lfs_hub.push(f"writer/{name}", {"README.md": card.encode()})
+    lookup = hub_lookup(lfs_hub.url, WRITER)
+    parents = [ModelId(name="writer/base", revision="main"), ModelId(name="writer/base+writer/expert", revision="main+main")]
+    assert license_of_merge(parents, None, lookup) == "llama3.2"
+    assert languages_of_merge(parents, lookup) == ["en", "de"]
+    for other in ("writer/other", "writer/nowhere"):
+        with pytest.raises(InputError, match="unknown; pass --license"):
+            license_of_merge([*parents, ModelId(name=other)], None, lookup)
+
+
+def test_an_adapter_under_another_licence_makes_it_unknown() -> None:
+    facts = {"a/base": ParentFacts("mit", ()), "a/adapter": ParentFacts("apache-2.0", ())}
+    with pytest.raises(InputError, match="unknown"):
+        license_of_merge([ModelId(name="a/base+a/adapter")], None, lambda name, _: facts.get(name))
 
 
 # ----------------------------------------------------------------------------------------------------------- base_model ids

@@ -21,6 +21,7 @@ from mechmerge.evaluate.suites import Suite, SuitePrompt, load_suite
 from mechmerge.evaluate.table import headlines, markdown_pairs, markdown_table, render_table
 from mechmerge.models.load import load_model, load_tokenizer, quiet
 from mechmerge.models.references import resolve
+from tests.punkt import without_punkt
 from tests.test_generation import Recorder, lively
 
 SETTINGS = EvaluateSettings(dtype="float32", batch=4, resamples=200)
@@ -122,13 +123,15 @@ def test_the_file_gives_back_the_evaluation_in_its_order(done, trio):
 
 def test_pairs(done):
     evaluation, _ = done
-    names = [(p.model, p.against) for p in evaluation.pairs]
+    names = [(p.model, p.against) for p in evaluation.pairs if p.headline]
     assert set(names) == {("merge", "zebra"), ("merge", "ant"), ("ant", "zebra")}
     assert len(names) == 3 * 3, "zoo, zoo@unseen and ark for each pair"
     test = evaluation.pair("merge", "zebra", "zoo")
     difference = evaluation.metric("merge", "zoo").value - evaluation.metric("zebra", "zoo").value
     assert test.difference == pytest.approx(difference)
     assert test.low <= test.difference <= test.high
+    groups = {p.metric for p in evaluation.pairs if not p.headline}
+    assert groups == {f"zoo.{group}{at}" for group in ("plain", "letter", "words") for at in ("", "@unseen")}
     assert (test.better - test.worse) / 12 == pytest.approx(difference)
     assert all(p.p <= p.p_holm <= 1 for p in evaluation.pairs)
 
@@ -166,16 +169,22 @@ def test_answers_of_something_else_are_not_reused(change, done, zebra, trio, sui
         case "template":
             suite = suite.model_copy(update={"chat_template": "none"})
     recorder = Recorder()
-    second = evaluate({"m": model}, [suite], tmp_path / "evaluation.json", settings, recorder)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=r"samples of this model and these settings.*--overwrite"):
+        evaluate({"m": model}, [suite], tmp_path / "evaluation.json", settings, recorder)
+    assert (recorder.started, files(tmp_path)) == ([], before), "refused before anything is made or written"
+    second = evaluate({"m": model}, [suite], tmp_path / "evaluation.json", settings, recorder, overwrite=True)
     assert recorder.started == [("m: zoo", len(suite.prompts))]
     assert second.models["m"].suites["zoo"].answers != first.models["m"].suites["zoo"].answers
 
 
 def test_a_changed_verifier_judges_the_same_answers_anew(zebra, suites, tmp_path):
     first = evaluate({"m": zebra}, suites[:1], tmp_path / "evaluation.json", SETTINGS)
-    strict = [p.model_copy(update={"verifier": p.verifier.model_copy(update={"min_words": 99})}) for p in suites[0].prompts]
+    dumped = suites[0].model_dump()
+    for prompt in dumped["prompts"]:
+        prompt["instructions"][0]["verifier"]["min_words"] = 99
     recorder = Recorder()
-    changed = suites[0].model_copy(update={"prompts": tuple(strict)})
+    changed = Suite.model_validate(dumped)
     second = evaluate({"m": zebra}, [changed], tmp_path / "evaluation.json", SETTINGS, recorder)
     assert recorder.started == []
     assert first.metric("m", "zoo").value > second.metric("m", "zoo").value == 0
@@ -280,9 +289,7 @@ def test_a_verifier_that_raises_counts_as_not_passed_and_is_shown(zebra, tmp_pat
 
 
 def test_missing_data_stops_the_evaluation(zebra, tmp_path, monkeypatch):
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [])
+    without_punkt(monkeypatch, tmp_path / "cache")
     arguments = {"num_sentences": 1, "relation": "at least"}
     prompt = SuitePrompt(id="a", prompt="Hi.", verifier={"name": "length_constraints:number_sentences"}, arguments=arguments)
     suite = Suite(name="s", split="file", answer_tokens=4, prompts=(prompt,))
@@ -336,7 +343,7 @@ def run(*arguments):
 
 def test_command(zebra, trio, suites, tmp_path, capsys):
     path = tmp_path / "ark.yaml"
-    rows = [{"prompt": p.prompt, "verifier": p.verifier.model_dump(), "arguments": p.arguments} for p in suites[1].prompts]
+    rows = [{"prompt": p.prompt, "instructions": [i.model_dump() for i in p.instructions]} for p in suites[1].prompts]
     path.write_text(json.dumps({"answer_tokens": 4, "prompts": rows}))
     out = tmp_path / "evaluation.json"
     common = ["--suite", path, "--out", out, "--dtype", "float32", "--quiet", "--limit", "3"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from mechmerge.artifacts import parse_document, parse_yaml
 from mechmerge.cli.main import main
 from mechmerge.errors import InputError, SchemaError
+from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.gate import Gate, check_gate
-from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, SuiteRecord, SuiteResult
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, ResponsesId, SuiteRecord, SuiteResult
+from mechmerge.evaluate.statistics import paired
 from mechmerge.models.references import ModelId
+from tests.samples import plain_units
 
 VALUES = {
     "base": {"formats": 0.27, "arithmetic": 0.05},
@@ -25,6 +29,7 @@ def evaluation():
         suites = {
             name: SuiteResult(
                 metrics={name: Metric(value=value, n=100, clusters=20, low=max(0.0, value - 0.1), high=value)},
+                outcomes={name: "1" * round(100 * value) + "0" * round(100 - 100 * value)},
                 errors=0,
                 tokens=1,
                 unfinished=0,
@@ -35,9 +40,20 @@ def evaluation():
         }
         return ModelResult(id=ModelId(name="m"), suites=suites)
 
-    record = SuiteRecord(digest="0", split="test", prompts=100, answer_tokens=8, chat_template="model", groups=("all",))
+    records = {
+        name: SuiteRecord(
+            digest="0",
+            split="test",
+            prompts=100,
+            answer_tokens=8,
+            chat_template="model",
+            groups=("all",),
+            units={name: plain_units(100, 100)},
+        )
+        for name in ("formats", "arithmetic")
+    }
     return Evaluation(
-        suites={"formats": record, "arithmetic": record},
+        suites=records,
         models={name: result(metrics) for name, metrics in VALUES.items()},
         against=(),
         pairs=(),
@@ -97,7 +113,8 @@ def test_one_failing_rule_fails_the_gate():
     result = check_gate(evaluation(), gate(text), "merge")
     assert not result.passed
     assert [rule.metric for rule in result.failed] == ["arithmetic"]
-    assert result.failed[0].line == "FAILED  arithmetic of merge ≥ 0.95: found 0.700, needed 0.950, short by 0.250"
+    line = "FAILED  arithmetic of merge ≥ 0.95: found 0.700, needed 0.950, short by 0.250; at no n while the value stays"
+    assert result.failed[0].line == line
 
 
 def test_the_model_is_the_rules_the_callers_or_the_gates():
@@ -158,3 +175,76 @@ def test_command_with_files_that_are_not_there_or_broken(files, capsys):
     (files / "broken.json").write_text('{"schema_version": 1}')
     assert run(files / "broken.json", files / "good.yaml") == 2
     assert "broken.json" in capsys.readouterr().err
+
+
+def rule(text):
+    """What becomes of one rule for the merge."""
+    gate = parse_document(Gate, parse_yaml(f"rules: [{text}]", "gate"), "gate")
+    return check_gate(evaluation(), gate, "merge").rules[0]
+
+
+def test_a_difference_is_judged_on_the_paired_interval():
+    passed = rule("{metric: formats, difference_to: base, at_least: 0.1, use: low}")
+    assert passed.passed
+    assert 0.1 < passed.found < 0.2, "the 20 prompts that only the merge passes, less what chance may give"
+    failed = rule("{metric: formats, difference_to: base, at_least: 0.19, use: low}")
+    assert not failed.passed
+    assert failed.could_pass_at > failed.n == 100
+    assert f"n = {failed.could_pass_at}" in failed.line
+    never = rule("{metric: formats, difference_to: base, at_least: 0.21, use: low}")
+    assert never.could_pass_at is None
+    assert "at no n" in never.line
+    assert rule("{metric: formats, difference_to: base, at_least: 0.2}").passed
+
+
+def test_a_share_of_the_gain_that_is_kept():
+    kept = rule("{metric: arithmetic, retained: {expert: arithmetic}, at_least: 0.7}")
+    assert kept.found == pytest.approx((0.7 - 0.05) / (0.9 - 0.05))
+    low = rule("{metric: arithmetic, retained: {expert: arithmetic}, at_least: 0.7, use: low}")
+    assert low.found < kept.found
+    undefined = rule("{metric: arithmetic, retained: {expert: base, base: arithmetic}, at_least: 0.7}")
+    assert "no share" in undefined.problem.replace("no share of it", "no share")
+    assert not undefined.passed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{metric: formats, difference_to: base, retained: {expert: arithmetic}, at_least: 0.1}",
+        "{metric: formats, difference_to: base, at_least: {model: base}}",
+        "{metric: formats, at_least: 1.5}",
+    ],
+)
+def test_rules_that_contradict_themselves(text):
+    with pytest.raises(SchemaError):
+        rule(text)
+
+
+def test_a_gate_is_bound_to_the_weights():
+    gate = parse_document(Gate, parse_yaml("rules: [{metric: formats, at_least: 0.1}]", "gate"), "gate")
+    same, other = ModelId(name="m"), ModelId(name="m", shards={"model.safetensors": "0" * 64})
+    bound = check_gate(evaluation(), gate, "merge", weights={"merge": same})
+    assert bound.passed
+    assert bound.weights == {"merge": same.digest}
+    refused = check_gate(evaluation(), gate, "merge", weights={"merge": other})
+    assert not refused.passed
+    assert "evaluate the model again" in refused.rules[0].problem
+    made = evaluation()
+    answers = ResponsesId(name="a.jsonl", sha256="0", rows=1, unmatched=0, joined="key")
+    made.models["merge"] = made.models["merge"].model_copy(update={"id": answers})
+    assert "made elsewhere" in check_gate(made, gate, "merge", weights={"merge": same}).rules[0].problem
+
+
+@pytest.mark.slow
+def test_no_difference_is_seldom_accepted():
+    """Two models of equal quality: `difference > 0` on the lower end passes in at most 5 % of evaluations (one-sided 2.5 %)."""
+    rng = np.random.default_rng(0)
+    groups = ["all"] * 96
+    for size in (1, 4):
+        clusters = [str(i // size) for i in range(96)]
+        accepted = 0
+        for seed in range(400):
+            level = np.repeat(rng.beta(2, 2, 96 // size), size)
+            a, b = ((rng.random(96) < level).astype(float).tolist() for _ in range(2))
+            accepted += paired(Column(a, clusters, groups), Column(b, clusters, groups), seed=seed, resamples=400).low > 0
+        assert accepted <= 0.05 * 400

@@ -110,9 +110,10 @@ def test_what_is_no_file_of_ours_is_refused_in_one_line(tmp_path: Path, capsys: 
 
 def test_report_and_card_commands(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("report", str(run)) == 0
-    path = Path(capsys.readouterr().out.strip())
+    path, page = map(Path, capsys.readouterr().out.split())
     text = path.read_text("utf-8")
-    assert path == run / "report.md"
+    assert (path, page) == (run / "report.md", run / "report.html")
+    assert "<title>Two experts" in page.read_text("utf-8")
     assert text.startswith("# Two experts\n\nTried once.\n")
     assert text.index("| sum | linear |") < text.index("| conflict | conflict |"), "the pipeline's order"
     assert "| conflict | −0.125 | +0.250 |" in text

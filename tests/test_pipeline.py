@@ -18,7 +18,8 @@ from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model, resolve
-from mechmerge.pipeline.run import check_pipeline, load_pipeline, run_pipeline
+from mechmerge.pipeline.run import run_pipeline
+from mechmerge.pipeline.source import check_pipeline, load_pipeline
 from tests.tiny import tiny_expert
 
 RECIPES = {

@@ -7,10 +7,13 @@ from collections import Counter
 
 import pytest
 
+from mechmerge.behaviors.prompts import material
+from mechmerge.behaviors.schema import load_behavior
 from mechmerge.behaviors.verifiers import verify
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.evaluate.suites import Suite, SuitePrompt, load_suite
 
+FORMATS = tuple(material()["formats"])
 TEA = {"prompt": "Say tea.", "verifier": "contains", "arguments": {"text": "tea"}}
 
 
@@ -23,7 +26,8 @@ def written(tmp_path, value, name="own.yaml"):
 def test_formats():
     suite = load_suite("formats")
     cells = Counter((p.tier, p.group) for p in suite.prompts)
-    assert len(suite.groups) == 6
+    assert len(suite.groups) == 7
+    assert cells.pop(("hard", "pairs")) == 48
     assert set(cells.values()) == {24, 12}
     assert sum(n for (tier, _), n in cells.items() if tier == "seen") == 144
     assert len({p.topic for p in suite.prompts}) == 24
@@ -38,10 +42,35 @@ def test_arithmetic():
         ("seen", "subtraction"): 60,
         ("unseen", "addition"): 30,
         ("unseen", "subtraction"): 30,
+        ("hard", "addition"): 30,
+        ("hard", "subtraction"): 30,
     }
     for prompt in suite.prompts:
-        assert verify(prompt.verifier, prompt.prompt, str(prompt.arguments["answer"]), prompt.arguments)
-        assert not verify(prompt.verifier, prompt.prompt, str(prompt.arguments["answer"] + 1), prompt.arguments)
+        (instruction,) = prompt.instructions
+        answer = instruction.arguments["answer"]
+        assert verify(instruction.verifier, prompt.prompt, str(answer), instruction.arguments)
+        assert not verify(instruction.verifier, prompt.prompt, str(answer + 1), instruction.arguments)
+        assert all(len(number) == (3 if prompt.tier == "hard" else 2) for number in prompt.topic.split(","))
+
+
+def test_the_hard_tier_of_formats_asks_for_two_at_once():
+    hard = [p for p in load_suite("formats").prompts if p.tier == "hard"]
+    asked = [tuple(i.verifier.name for i in p.instructions) for p in hard]
+    assert all(len(set(names)) == 2 for names in asked)
+    assert len(set(asked)) == 15, "all pairs of six formats"
+    assert set(Counter(p.topic for p in hard).values()) == {2}
+    capitals, no_comma = (load_behavior(name).verifier for name in ("capitals", "no_comma"))
+    both = next(p for p in hard if p.id.startswith("capitals+no_comma"))
+    assert [i.verifier for i in both.instructions] == [capitals, no_comma]
+
+
+def test_tiers_can_be_chosen(tmp_path):
+    suite = load_suite("arithmetic", tiers=("seen", "unseen"))
+    assert {p.tier for p in suite.prompts} == {"seen", "unseen"}
+    assert len(suite.prompts) == 180
+    assert not suite.limited
+    with pytest.raises(InputError, match="tiers hard"):
+        load_suite(written(tmp_path, [TEA]), tiers=("hard",))
 
 
 def test_digests_tell_suites_apart():
@@ -52,13 +81,13 @@ def test_digests_tell_suites_apart():
 
 
 def test_a_limit_takes_the_same_share_of_every_group():
-    suite = load_suite("formats", limit=36)
-    assert len(suite.prompts) == 36
+    suite = load_suite("formats", limit=39)
+    assert len(suite.prompts) == 39
     assert suite.limited
     assert set(Counter((p.tier, p.group) for p in suite.prompts).values()) == {3}
+    assert "hard" not in {p.tier for p in load_suite("formats", limit=6, tiers=("seen",)).prompts}
     six = load_suite("formats", limit=6)
-    assert {(p.tier, p.group) for p in six.prompts} == {("seen", group) for group in six.groups}
-    assert len(six.groups) == 6
+    assert {(p.tier, p.group) for p in six.prompts} == {("seen", group) for group in FORMATS}
     assert not load_suite("formats", limit=10_000).limited
 
 
@@ -72,8 +101,16 @@ def test_a_yaml_file(tmp_path):
     suite = load_suite(path)
     assert (suite.name, suite.split, suite.answer_tokens, suite.chat_template) == ("Good-manners", "file", 32, "none")
     assert [p.id for p in suite.prompts] == ["1", "7"]
-    assert [p.verifier.name for p in suite.prompts] == ["contains", "punctuation:no_comma"]
+    assert [p.instructions[0].verifier.name for p in suite.prompts] == ["contains", "punctuation:no_comma"]
     assert suite.groups == ("thanks", "all")
+
+
+def test_a_prompt_of_several_instructions(tmp_path):
+    both = [{"verifier": {"name": "contains"}, "arguments": {"text": word}} for word in ("tea", "milk")]
+    suite = load_suite(written(tmp_path, [{"prompt": "Say tea and milk.", "instructions": both}]))
+    assert [i.arguments["text"] for i in suite.prompts[0].instructions] == ["tea", "milk"]
+    single = load_suite(written(tmp_path, [TEA]))
+    assert len(single.prompts[0].instructions) == 1
 
 
 def test_a_jsonl_file_and_a_plain_list_are_the_same_suite(tmp_path):
@@ -95,6 +132,11 @@ def test_a_jsonl_file_and_a_plain_list_are_the_same_suite(tmp_path):
         ([TEA | {"arguments": {"text": "a", "case": True}}], InputError, "unknown 'case'"),
         ([TEA | {"weight": 2}], SchemaError, "unknown key"),
         ([TEA | {"group": "min"}], SchemaError, "worst group"),
+        ([TEA | {"group": "loose"}], SchemaError, "loose reading"),
+        ([TEA | {"instructions": []}], SchemaError, "both"),
+        ([{"prompt": "Hi.", "instructions": []}], SchemaError, "instructions"),
+        ([{"prompt": "Hi.", "instructions": [{"verifier": {"name": "contain"}}]}], InputError, "unknown name"),
+        ({"prompts": [TEA], "readings": ["loose"]}, SchemaError, "strict"),
         ([TEA | {"tier": "third"}], SchemaError, "tier"),
         (
             [

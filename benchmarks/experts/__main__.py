@@ -68,12 +68,13 @@ def quality(model: Any, tokenizer: Any) -> dict[str, float]:
     """Pass rates on the develop split, seen wordings: the six formats and their mean, additions, subtractions."""
     rates: dict[str, float] = {}
     for name in ("formats", "arithmetic"):
-        suite = load_suite(name, split="develop")
-        prompts = [prompt for prompt in suite.prompts if prompt.tier == "seen"]
+        suite = load_suite(name, split="develop", tiers=("seen",))
+        prompts = suite.prompts
         said = answers(model, tokenizer, [prompt.prompt for prompt in prompts], suite.answer_tokens)
         passed: dict[str, list[bool]] = {}
         for prompt, answer in zip(prompts, said, strict=True):
-            passed.setdefault(prompt.group, []).append(verify(prompt.verifier, prompt.prompt, answer, prompt.arguments))
+            (asked,) = prompt.instructions
+            passed.setdefault(prompt.group, []).append(verify(asked.verifier, prompt.prompt, answer, asked.arguments))
         rates |= {group: sum(verdicts) / len(verdicts) for group, verdicts in passed.items()}
     rates["formats"] = sum(rates[name] for name in material()["formats"]) / len(material()["formats"])
     return {name: round(rate, 3) for name, rate in rates.items()}

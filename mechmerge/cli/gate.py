@@ -13,18 +13,32 @@ from mechmerge.cli.common import format_option
 @click.argument("evaluation", type=click.Path(path_type=Path))
 @click.argument("gate", type=click.Path(path_type=Path))
 @click.option("--model", help="The model judged by rules that name none (default: the gate file's).")
+@click.option(
+    "--weights", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the model to be accepted: an evaluation of other weights is refused.",
+)  # fmt: skip
 @format_option
-def command(evaluation: Path, gate: Path, model: str | None, output: str) -> None:
+def command(evaluation: Path, gate: Path, model: str | None, weights: Path | None, output: str) -> None:
     """Check the rules of GATE, a YAML file, against EVALUATION, the file that `mechmerge evaluate` wrote.
 
     Exit code 0 when every rule passes, 3 when one fails or cannot be checked.
     """
     from mechmerge.artifacts import read_document
-    from mechmerge.errors import GateRefused
+    from mechmerge.errors import GateRefused, InputError
     from mechmerge.evaluate.gate import Gate, check_gate
     from mechmerge.evaluate.record import Evaluation
+    from mechmerge.models.references import resolve
 
-    result = check_gate(read_document(Evaluation, evaluation), read_document(Gate, gate), model)
+    rules = read_document(Gate, gate)
+    bound = None
+    if weights is not None:
+        name = model or rules.model
+        if name is None:
+            raise InputError(
+                "--weights", expected="a judged model", found="none", fix="pass --model, or name it in the gate file"
+            )
+        bound = {name: resolve(str(weights)).id}
+    result = check_gate(read_document(Evaluation, evaluation), rules, model, weights=bound)
     if output == "json":
         click.echo(result.model_dump_json(indent=1))
     else:

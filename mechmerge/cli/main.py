@@ -16,14 +16,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # command: (module under mechmerge.cli, one line of help); the module holds a click command named `command`
     "demo": ("demo", "Run the whole demo on SmolLM2-135M."),
     "run": ("run", "Run a pipeline file: every stage, resumable."),
+    "sweep": ("sweep", "Merge, evaluate and rank combinations of experts, policies and parameters."),
     "localize": ("localize", "Find which components of an expert carry a behaviour."),
     "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
     "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
+    "compare": ("compare", "Compare models of evaluation files, paired on the same prompts."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
     "card": ("card", "Write the model card of a run."),
+    "publish": ("publish", "Publish a merge on the Hugging Face Hub: gated, staged, verified."),
+    "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
     "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
 }

@@ -26,7 +26,8 @@ def command(pipeline: Path, out: Path | None, check: bool, device: str, threads:
     Every stage that is done already is skipped, so an interrupted run goes on when it is called again. Exit code 3: the gate
     refused the merge.
     """
-    from mechmerge.pipeline.run import check_pipeline, run_pipeline
+    from mechmerge.pipeline.run import run_pipeline
+    from mechmerge.pipeline.source import check_pipeline
 
     if check:
         check_pipeline(pipeline)

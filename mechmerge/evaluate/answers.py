@@ -4,7 +4,8 @@
     samples/.answers/units/KEY/*.json finished batches of what is not complete yet
 
 The key says everything that an answer depends on, and nothing else: models of equal weights share answers whatever they are
-called, and another model, template, suite or dtype never gets them. Verdicts are no part of it; they are made anew.
+called, and another model, template, suite or dtype never gets them. The batch is left out where answers are `exact`.
+Verdicts are no part of it; they are made anew.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mechmerge.artifacts import Units, digest, sha256_file, write_json
 from mechmerge.behaviors.chat import chat_template_of, render, template_digest
-from mechmerge.behaviors.generation import batches, generate_batch
+from mechmerge.behaviors.generation import Answer, Decoder, batches, prompt_tokens
+from mechmerge.errors import InputError
+from mechmerge.evaluate.backends import VLLM, Engine, EngineDecoder
 from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.evaluate.suites import Suite
+from mechmerge.models.packed import kernels, load_packed
 from mechmerge.models.references import Model
 from mechmerge.progress import Progress
 from mechmerge.versions import versions
@@ -49,36 +53,102 @@ class SuiteAnswers(NamedTuple):
     answers: list[Said]
 
 
+Told = Callable[[list[int], list[Said]], None]
+"""Told of the places in the suite and the answers of a batch as it is finished."""
+
+
+class _Asked(NamedTuple):
+    """A suite as one model reads it."""
+
+    suite: Suite
+    template: str | None
+    texts: list[str]
+    tokens: list[list[int]]
+    inputs: dict[str, Any]
+    """What the answers depend on."""
+
+
+class _Clock:
+    """Seconds of the parts of an answering."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.generation = self.loading = 0.0
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
 class Speaker:
     """A model that answers suites; its weights are loaded when the first answer is missing, and freed by `close`."""
 
-    def __init__(self, name: str, model: Model, samples: Path, settings: EvaluateSettings, progress: Progress) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        samples: Path,
+        settings: EvaluateSettings,
+        progress: Progress,
+        engine: Engine = VLLM,
+    ) -> None:
+        """Loads the tokenizer.
+
+        Args:
+            name: what the model is called in messages.
+            model: a resolved model.
+            samples: the folder of samples; answers are kept beneath it.
+            settings: how answers are generated.
+            progress: told of every prompt.
+            engine: what `backend: vllm` stands for.
+
+        Raises:
+            InputError: `exact` with another backend than transformers.
+        """
         from mechmerge.models.load import load_tokenizer
 
-        self.name, self.model, self.settings, self.progress = name, model, settings, progress
+        if settings.exact and settings.backend != "transformers":
+            raise InputError("exact", expected="backend transformers", found=settings.backend)
+        self.name, self.model, self.settings, self.progress, self.engine = name, model, settings, progress, engine
         self.folder, self.timings = samples / ".answers", samples.parent / "timings.jsonl"
         self.tokenizer = load_tokenizer(model.path)
         self._loaded: Any = None
+        self._latest: _Asked | None = None
 
-    def answers(self, suite: Suite) -> SuiteAnswers:
-        """The model's answers to a suite, kept ones where there are any.
+    def key(self, suite: Suite) -> str:
+        """sha256 of what the answers to a suite depend on.
 
         Raises:
-            InputError: the suite asks for a chat template that the model lacks, or a prompt does not fit into its context.
+            InputError: the suite asks for a chat template that the model lacks.
+            MissingError: the backend is not installed.
         """
-        template = chat_template_of(self.tokenizer, suite.chat_template)
-        texts = [render(self.tokenizer, prompt.prompt, template) for prompt in suite.prompts]
-        tokens = self.tokenizer(texts, add_special_tokens=template is None).input_ids
-        inputs = self._inputs(tokens, suite.answer_tokens)
-        path = self.folder / f"{digest(inputs)[:32]}.json"
-        if not path.exists():
-            start = time.time()
-            made = self._make(suite, texts, [len(ids) for ids in tokens], template is None, inputs)
-            write_json(path, [list(answer) for answer in made])
-            self._log(suite, made, time.time() - start)
-            Units(self.folder / "units", inputs).discard()
-        kept = json.loads(path.read_text("utf-8"))
-        return SuiteAnswers(digest(inputs), template_digest(template), [Said(*answer) for answer in kept])
+        return digest(self._asked(suite).inputs)
+
+    def answers(self, suite: Suite, told: Told | None = None) -> SuiteAnswers:
+        """The model's answers to a suite, kept ones where there are any.
+
+        Args:
+            told: called for each batch, kept or made, in the order of the plan, once its answers are on the disk.
+
+        Raises:
+            InputError: the suite asks for a chat template that the model lacks, a prompt does not fit into its context, its
+                logits are not finite, or `exact` cannot be kept.
+            MissingError: the backend is not installed.
+        """
+        clock = _Clock()
+        asked = self._asked(suite)
+        plan = batches([len(ids) for ids in asked.tokens], self.settings.batch)
+        path = self.folder / f"{digest(asked.inputs)[:32]}.json"
+        if path.exists():
+            answers = [Said(*answer) for answer in json.loads(path.read_text("utf-8"))]
+            for rows in plan:
+                _tell(told, rows, [answers[i] for i in rows])
+        else:
+            units = Units(self.folder / "units", asked.inputs)
+            answers = self._make(asked, plan, units, told, clock)
+            write_json(path, [list(answer) for answer in answers])
+            units.discard()
+        return SuiteAnswers(digest(asked.inputs), template_digest(asked.template), answers)
 
     def close(self) -> None:
         """Frees the weights."""
@@ -90,65 +160,123 @@ class Speaker:
             torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------------- parts
+    def _asked(self, suite: Suite) -> _Asked:
+        if self._latest is None or self._latest.suite is not suite:
+            template = chat_template_of(self.tokenizer, suite.chat_template)
+            texts = [render(self.tokenizer, prompt.prompt, template) for prompt in suite.prompts]
+            tokens = prompt_tokens(self.tokenizer, texts, special_tokens=template is None)
+            self._latest = _Asked(suite, template, texts, tokens, self._inputs(tokens, suite.answer_tokens))
+        return self._latest
+
     def _inputs(self, tokens: list[list[int]], answer_tokens: int) -> dict[str, Any]:
         """What the answers depend on."""
-        config = {k: v for k, v in self.model.checkpoint().config.items() if k not in VOLATILE}
-        generation = self.model.path / "generation_config.json"
-        ends = (
-            json.loads(generation.read_text("utf-8")).get("eos_token_id") if generation.exists() else config.get("eos_token_id")
-        )
         vocabulary = self.model.path / "tokenizer.json"
-        found = versions()
+        settings, found = self.settings, versions()
+        if settings.backend == "transformers":
+            engine = [kernels(settings.dtype, settings.device), found["torch"], found["transformers"]]
+        else:
+            engine = [settings.backend, self.engine.version()]
         return {
             "weights": self.model.id.shards,
-            "config": config,
+            "config": {k: v for k, v in self.model.checkpoint().config.items() if k not in VOLATILE},
             "prompts": digest(tokens),
-            "ends": [ends, self.tokenizer.eos_token_id],
+            "ends": self._ends(),
             "tokenizer": sha256_file(vocabulary) if vocabulary.exists() else type(self.tokenizer).__name__,
             "answer_tokens": answer_tokens,
-            "decoding": ["greedy", self.settings.dtype, self.settings.batch, self.settings.device],
-            "versions": [found["torch"], found["transformers"]],
-            "format": 1,
+            "decoding": ["greedy", settings.dtype, "exact" if settings.exact else settings.batch, settings.device],
+            "engine": engine,
+            "format": 2,
         }
 
-    def _weights(self) -> Any:
-        from mechmerge.models.load import load_model
+    def _ends(self) -> list[Any]:
+        """End tokens of the generation config (of the config where there is none) and of the tokenizer."""
+        path = self.model.path / "generation_config.json"
+        config = json.loads(path.read_text("utf-8")) if path.exists() else self.model.checkpoint().config
+        return [config.get("eos_token_id"), self.tokenizer.eos_token_id]
 
-        if self._loaded is None:
-            self._loaded = load_model(self.model.path, self.settings.dtype, self.settings.device)
-        return self._loaded
+    def _decoder(self, asked: _Asked, clock: _Clock) -> Decoder | EngineDecoder:
+        """What answers the suite's prompts; loads the weights where they are not loaded yet."""
+        settings, suite = self.settings, asked.suite
+        names = [f"{self.name}: {suite.name}: prompt {prompt.id}" for prompt in suite.prompts]
+        limit = suite.answer_tokens
+        start = time.perf_counter()
+        if settings.backend == "transformers":
+            self._loaded = self._loaded or load_packed(self.model.path, settings.dtype, settings.device)
+            clock.loading = time.perf_counter() - start
+            return Decoder(
+                self._loaded,
+                self.tokenizer,
+                asked.tokens,
+                max_new_tokens=limit,
+                share_prefix=True,
+                exact=settings.exact,
+                names=names,
+            )
+        self._loaded = self._loaded or self.engine.load(self.model.path, settings.dtype)
+        clock.loading = time.perf_counter() - start
+        return EngineDecoder(
+            self._loaded,
+            self.tokenizer,
+            asked.texts,
+            max_new_tokens=limit,
+            ends=_flat(self._ends()),
+            special_tokens=asked.template is None,
+            names=names,
+        )
 
-    def _make(self, suite: Suite, texts: Sequence[str], lengths: list[int], special_tokens: bool, inputs: Any) -> list[Said]:
-        units = Units(self.folder / "units", inputs)
+    def _make(self, asked: _Asked, plan: Sequence[list[int]], units: Units, told: Told | None, clock: _Clock) -> list[Said]:
+        decoder: Decoder | EngineDecoder | None = None
         answers: dict[int, Said] = {}
-        self.progress.start(f"{self.name}: {suite.name}", len(texts))
+        fresh: list[Answer] = []
+
+        def batch(rows: list[int]) -> list[list[Any]]:
+            nonlocal decoder
+            decoder = decoder or self._decoder(asked, clock)
+            start = time.perf_counter()
+            made = decoder.answers(rows)
+            clock.generation += time.perf_counter() - start
+            fresh.extend(made)
+            return [[answer.text, answer.tokens, answer.finished] for answer in made]
+
+        # Units of exact answers are found by the batch too, which their key leaves out.
+        prefix = f"{self.settings.batch}." if self.settings.exact else ""
+        self.progress.start(f"{self.name}: {asked.suite.name}", len(asked.texts))
         try:
-            for number, rows in enumerate(batches(lengths, self.settings.batch)):
-                made = units.json(f"{number:05}", lambda rows=rows: self._batch(suite, texts, rows, special_tokens))  # type: ignore[misc]
-                answers.update((row, Said(*answer)) for row, answer in zip(rows, made, strict=True))
+            for number, rows in enumerate(plan):
+                made = units.json(f"{prefix}{number:05}", lambda rows=rows: batch(rows))  # type: ignore[misc]
+                said = [Said(*answer) for answer in made]
+                answers.update(zip(rows, said, strict=True))
+                _tell(told, rows, said)
                 self.progress.advance(len(rows))
         finally:
             self.progress.end()
-        return [answers[i] for i in range(len(texts))]
+        if fresh:
+            self._log(asked.suite, fresh, clock)
+        return [answers[i] for i in range(len(asked.texts))]
 
-    def _batch(self, suite: Suite, texts: Sequence[str], rows: list[int], special_tokens: bool) -> list[list[Any]]:
-        made = generate_batch(
-            self._weights(),
-            self.tokenizer,
-            [texts[i] for i in rows],
-            max_new_tokens=suite.answer_tokens,
-            special_tokens=special_tokens,
-        )
-        return [[answer.text, answer.tokens, answer.finished] for answer in made]
-
-    def _log(self, suite: Suite, made: Sequence[Said], seconds: float) -> None:
+    def _log(self, suite: Suite, made: Sequence[Answer], clock: _Clock) -> None:
         """Times stand outside of every file that is digested."""
+        total = clock.total
         entry = {
             "stage": f"evaluate {self.name} {suite.name}",
-            "seconds": round(seconds, 2),
+            "seconds": round(total, 3),
+            "generation_seconds": round(clock.generation, 3),
+            "loading_seconds": round(clock.loading, 3),
+            "outside_seconds": round(total - clock.generation - clock.loading, 3),
             "prompts": len(made),
             "tokens": sum(answer.tokens for answer in made),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         with self.timings.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
+
+
+def _tell(told: Told | None, rows: list[int], said: list[Said]) -> None:
+    if told is not None:
+        told(rows, said)
+
+
+def _flat(ends: Sequence[Any]) -> set[int]:
+    """Ids in a list of ids, lists of ids and None."""
+    parts = [end if isinstance(end, Iterable) else [end] for end in ends]
+    return {int(token) for part in parts for token in part if token is not None}

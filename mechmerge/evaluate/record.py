@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document, write_text
 from mechmerge.errors import InputError
+from mechmerge.evaluate.columns import Column
 from mechmerge.models.references import ModelId
 
 
@@ -19,26 +20,53 @@ class EvaluateSettings(Document):
     """Of the weights while generating."""
     batch: int = Field(default=24, ge=1)
     """Prompts a batch; part of the result, since in bf16 an answer depends on its batch."""
+    exact: bool = False
+    """float32, and answers that do not depend on the other prompts of their batch (behaviors/generation.py says how)."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm runs through lm-eval and needs the extra of that name."""
+    thinking: Literal["keep", "strip"] = "keep"
+    """Whether `<think>…</think>` blocks count as part of the answer that is judged; samples hold them in either case."""
     device: str = "cpu"
     """Torch device."""
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap. Generation is greedy and has none."""
     resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples of topics."""
+    """Bootstrap resamples of clusters."""
+
+    @model_validator(mode="after")
+    def _exact(self) -> EvaluateSettings:
+        if self.exact and self.dtype != "float32":
+            raise ValueError("exact: needs dtype float32")
+        return self
 
 
 class Metric(Document):
-    """A share of prompts whose answer passes; a mean over groups where a suite has several."""
+    """A share of units (prompts, or instructions) that pass; a mean over groups where a suite has several."""
 
     value: float = Field(ge=0, le=1)
     n: int = Field(ge=1)
-    """Prompts."""
+    """Prompts or, in metrics by instruction, instructions."""
     clusters: int = Field(ge=1)
-    """Topics that the prompts belong to: what is resampled."""
+    """Topics or prompts that the units belong to: what is resampled."""
     low: float = Field(ge=0, le=1)
     """Lower end of the 95 % interval."""
     high: float = Field(ge=0, le=1)
     """Upper end of the 95 % interval."""
+
+
+class Units(Document):
+    """The units of one metric, in the order of its outcomes; the same for every model."""
+
+    cluster: tuple[int, ...]
+    """Number of each unit's cluster."""
+    groups: tuple[str, ...]
+    """Names of the groups."""
+    group: tuple[int, ...]
+    """Place of each unit's group among them."""
+    over: Literal["mean", "min"] = "mean"
+    """How groups are combined."""
+    headline: bool = False
+    """Whether tables show the metric among the first."""
 
 
 class SuiteRecord(Document):
@@ -47,16 +75,25 @@ class SuiteRecord(Document):
     digest: str
     """sha256 of the suite with its prompts written out."""
     split: str
-    """`test`, `develop`, or `file` for a user's own."""
+    """`test`, `develop`, `file` for prompts without splits, or `lm-eval` for a task of lm-eval."""
     prompts: int
-    answer_tokens: int
-    """Longest answer, in tokens."""
+    answer_tokens: int | None = None
+    """Longest answer, in tokens; None where a task of lm-eval sets it."""
     chat_template: str
     """The suite's setting: `model`, `none` or a Jinja template."""
     groups: tuple[str, ...]
-    """Kinds of prompts, such as the six formats."""
+    """Kinds of prompts, such as the six formats, or types of instructions."""
+    units: dict[str, Units]
+    """By flat name of the metric."""
+    readings: tuple[str, ...] = ("strict",)
+    """How answers were read."""
     limited: bool = False
     """Whether only some of its prompts were asked."""
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Flat names of the metrics that tables show first."""
+        return tuple(name for name, units in self.units.items() if units.headline)
 
 
 class SuiteResult(Document):
@@ -64,22 +101,41 @@ class SuiteResult(Document):
 
     metrics: dict[str, Metric]
     """By flat name: `formats` (mean over groups), `formats.min` (worst group), `formats.capitals`, each also `…@unseen`."""
+    outcomes: dict[str, str | tuple[float, ...]]
+    """By flat name, one outcome a unit: a string of 1 (passed) and 0, or numbers 0 … 1."""
     errors: int
     """Answers whose verifier failed to run; they count as not passed."""
+    missing: int = 0
+    """Prompts that answers made elsewhere hold nothing for; they count as not passed."""
     tokens: int
-    """Generated tokens."""
+    """Generated tokens (0 where answers were made elsewhere)."""
     unfinished: int
     """Answers cut off at `answer_tokens`."""
     template: str
     """sha256 of the chat template that was used, or `none`."""
     answers: str
-    """Key of the answers: weights, prompt tokens and decoding settings."""
+    """Key of the answers: weights, prompt tokens and decoding settings, or the sha256 of the file that they came in."""
+
+
+class ResponsesId(Document):
+    """A file of answers that were made elsewhere, in the place of a model."""
+
+    name: str
+    """The file's name."""
+    sha256: str
+    rows: int
+    """Its rows."""
+    unmatched: int
+    """Rows that belong to no prompt of the suite; they are reported and count for nothing."""
+    joined: Literal["key", "prompt", "loose"]
+    """How rows found their prompts; `loose` pairs what is left in order of likeness."""
 
 
 class ModelResult(Document):
     """What one model did."""
 
-    id: ModelId
+    id: ModelId | ResponsesId
+    """The model's weights, or the answers that stand in their place."""
     suites: dict[str, SuiteResult]
 
 
@@ -89,26 +145,36 @@ class PairTest(Document):
     model: str
     against: str
     metric: str
-    """A headline metric: a suite, or a suite's tier."""
+    """Flat name."""
+    headline: bool = True
+    """Whether it is a headline metric of its suite; the others are groups or types of instructions."""
     difference: float
     """Value of `model` minus value of `against`."""
     low: float
-    """Lower end of the difference's 95 % interval (paired bootstrap of topics)."""
+    """Lower end of the difference's 95 % interval (paired bootstrap of clusters)."""
     high: float
     better: int
-    """Prompts that only `model` passes."""
+    """Units (prompts or instructions) in which `model` does better."""
     worse: int
-    """Prompts that only `against` passes."""
+    """Units in which `against` does better."""
     p: float = Field(ge=0, le=1)
-    """Exact McNemar test, two-sided. It takes prompts as independent; the interval does not."""
+    """Two-sided; of the exact McNemar test, or of a sign-flip test of clusters where outcomes are not pass or fail or where
+    clusters hold several units."""
+    test: Literal["mcnemar", "sign-flip"] = "mcnemar"
+    """McNemar takes units as independent; the interval and the sign-flip test do not."""
     p_holm: float = Field(ge=0, le=1)
-    """The same, corrected by Holm's method for all tests of this file."""
+    """The same, corrected by Holm's method: headlines for all headline tests of this file, the others for all others."""
+
+    @property
+    def regression(self) -> bool:
+        """Whether `model` is worse by more than chance: the corrected p is below .05 and the interval below 0."""
+        return self.high < 0 and self.p_holm < 0.05
 
 
 class Evaluation(Document):
     """`evaluation.json`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     suites: dict[str, SuiteRecord]
     models: dict[str, ModelResult]
     """By name, in the order in which they were given."""
@@ -150,6 +216,23 @@ class Evaluation(Document):
         if name not in known:
             raise InputError(f"metric {name!r} of {model}", expected=f"one of {', '.join(known)}", found="no such metric")
         return known[name]
+
+    def column(self, model: str, name: str) -> Column:
+        """The outcomes behind one metric of a model: what differences, shares and intervals are computed from.
+
+        Raises:
+            InputError: no such model or metric in the file.
+        """
+        self.metric(model, name)
+        suite = next(suite for suite, result in self.models[model].suites.items() if name in result.metrics)
+        units, held = self.suites[suite].units[name], self.models[model].suites[suite].outcomes[name]
+        return Column(
+            values=[float(value) for value in held],
+            clusters=[str(number) for number in units.cluster],
+            groups=[units.groups[place] for place in units.group],
+            over=units.over,
+            headline=units.headline,
+        )
 
     def pair(self, model: str, against: str, metric: str) -> PairTest | None:
         """The paired test of two models, if it was made."""

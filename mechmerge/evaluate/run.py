@@ -1,7 +1,9 @@
 """The evaluation itself: every model answers every suite, verifiers judge, statistics compare.
 
-evaluation.json                    the result          samples/MODEL.SUITE.jsonl   every prompt, answer and verdict
-samples/.answers/                  kept answers        timings.jsonl               how long it took
+evaluation.json                       the result          timings.jsonl           how long it took
+samples/MODEL.SUITE.jsonl             every prompt, answer and verdict, in the order of the suite
+samples/MODEL.SUITE.partial.jsonl     the same while it grows, batch by batch
+samples/.answers/                     kept answers: a call that was killed goes on at the batch where it stopped
 """
 
 from __future__ import annotations
@@ -9,24 +11,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mechmerge.artifacts import lock, write_text
-from mechmerge.behaviors.verifiers import verify
-from mechmerge.errors import InputError, MissingError
-from mechmerge.evaluate.answers import Said, Speaker, SuiteAnswers
-from mechmerge.evaluate.record import EvaluateSettings, Evaluation, ModelResult, PairTest, SuiteRecord, SuiteResult
-from mechmerge.evaluate.scoring import Verdicts, pair_tests, score
-from mechmerge.evaluate.suites import Suite, SuitePrompt
+from mechmerge.artifacts import lock
+from mechmerge.errors import InputError
+from mechmerge.evaluate.answers import Said, Speaker
+from mechmerge.evaluate.assembly import Done, assemble, packed, suite_done, suite_record, units_of, write_samples
+from mechmerge.evaluate.judging import judge_row, note_errors
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation, SuiteRecord, SuiteResult
+from mechmerge.evaluate.scoring import metric
+from mechmerge.evaluate.suites import TASK, Suite
 from mechmerge.models.references import Model
 from mechmerge.progress import SILENT, Progress
-from mechmerge.versions import versions
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-JUDGES = ("lm_eval", "langdetect", "scipy")
-"""Packages that verdicts and statistics depend on."""
 
 
 def evaluate(
@@ -37,6 +36,9 @@ def evaluate(
     progress: Progress = SILENT,
     *,
     against: Sequence[str] = (),
+    overwrite: bool = False,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Evaluation:
     """Evaluates models and writes `out`, with every answer under `samples/` beside it.
 
@@ -49,45 +51,140 @@ def evaluate(
         settings: decoding and statistics.
         progress: told of every prompt.
         against: names of models that all others are compared with (parents, references).
+        overwrite: whether samples of another model or of other settings, left by an earlier call, may be replaced.
+        tasks: tasks of lm-eval, by name.
+        limit: at most this many documents of each task.
 
     Raises:
         InputError: no model, a name that is not plain, an unknown name in `against`, two suites of one name, an unknown
-            device, or another process at work on `out`.
+            device, samples of another model or other settings in the place of these, or another process at work on `out`.
         MissingError: a verifier needs something that is not on this machine.
     """
-    _check(models, suites, against, settings)
+    check_names(list(models), [*(suite.name for suite in suites), *map(task_name, tasks)], against)
+    _check_device(settings.device)
     samples = out.parent / "samples"
     samples.mkdir(parents=True, exist_ok=True)
-    results: dict[str, ModelResult] = {}
-    verdicts: dict[str, dict[str, list[bool]]] = {}
+    done: dict[str, dict[str, Done]] = {}
+    records = {suite.name: suite_record(suite) for suite in suites}
     with lock(out.with_name(f".{out.name}.lock"), f"evaluation {out}"):
+        if not overwrite:
+            for name, model in models.items():
+                speaker = Speaker(name, model, samples, settings, progress)
+                for suite in suites:
+                    check_samples(samples_file(samples, name, suite.name), speaker.key(suite))
         for name, model in models.items():
             speaker = Speaker(name, model, samples, settings, progress)
-            done, verdicts[name] = {}, {}
-            for suite in suites:
-                said = speaker.answers(suite)
-                rows = [_judge(prompt, answer) for prompt, answer in zip(suite.prompts, said.answers, strict=True)]
-                write_text(
-                    samples / f"{name}.{suite.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-                )
-                verdicts[name][suite.name] = [row["passed"] for row in rows]
-                done[suite.name] = _result(suite, rows, said, settings)
-                _note_errors(name, suite, rows, progress)
+            done[name] = {suite.name: _one(name, speaker, suite, samples, settings, progress) for suite in suites}
             speaker.close()
-            results[name] = ModelResult(id=model.id, suites=done)
-        evaluation = Evaluation(
-            suites={suite.name: _record(suite) for suite in suites},
-            models=results,
-            against=tuple(against),
-            pairs=_pairs(verdicts, suites, against, settings),
-            settings=settings,
-            versions=versions() | {package: metadata.version(package) for package in JUDGES},
+            if tasks:
+                found = _tasks(name, model, tasks, limit, samples, settings, overwrite, progress)
+                done[name] |= {task: one for task, (one, _) in found.items()}
+                records |= {task: record for task, (_, record) in found.items()}
+        evaluation = assemble(
+            {name: (model.id, done[name]) for name, model in models.items()},
+            records,
+            against,
+            settings,
         )
         evaluation.write(out)
     return evaluation
 
 
-def _check(models: Mapping[str, Model], suites: Sequence[Suite], against: Sequence[str], settings: EvaluateSettings) -> None:
+def samples_file(samples: Path, model: str, suite: str) -> Path:
+    """Where the rows of a model and a suite stand."""
+    return samples / f"{model}.{suite}.jsonl"
+
+
+def task_name(task: str) -> str:
+    """The name that a task of lm-eval has as a suite."""
+    return task.removeprefix(TASK)
+
+
+def _tasks(
+    name: str,
+    model: Model,
+    tasks: Sequence[str],
+    limit: int | None,
+    samples: Path,
+    settings: EvaluateSettings,
+    overwrite: bool,
+    progress: Progress,
+) -> dict[str, tuple[Done, SuiteRecord]]:
+    """What a model does in tasks of lm-eval, all with its weights loaded once."""
+    from mechmerge.evaluate.harness import run_tasks
+
+    found: dict[str, tuple[Done, SuiteRecord]] = {}
+    for task, outcome in run_tasks(tasks, model, settings, samples, limit=limit, progress=progress).items():
+        path = samples_file(samples, name, task)
+        if not overwrite:
+            check_samples(path, outcome.key)
+        write_samples(path, [row | {"answers": outcome.key} for row in outcome.samples])
+        for note in outcome.notes:
+            progress.note(f"note: {task}: {note}")
+        record = SuiteRecord(
+            digest=outcome.digest, split="lm-eval", prompts=outcome.n, chat_template="none", groups=outcome.tasks,
+            units={flat: units_of(column) for flat, column in outcome.columns.items()}, limited=limit is not None,
+        )  # fmt: skip
+        result = SuiteResult(
+            metrics={flat: metric(column, settings) for flat, column in outcome.columns.items()},
+            outcomes={flat: packed(column) for flat, column in outcome.columns.items()},
+            errors=0, tokens=0, unfinished=0, template="none", answers=outcome.key,
+        )  # fmt: skip
+        found[task] = Done(result, outcome.columns), record
+    return found
+
+
+def check_samples(path: Path, key: str) -> None:
+    """A samples file that is there already holds the answers of this very model, suite and decoding.
+
+    Raises:
+        InputError: it holds others.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as handle:
+        first = handle.readline()
+    try:
+        found = str(json.loads(first)["answers"])
+    except (ValueError, KeyError, TypeError):
+        found = "no key"
+    if found != key:
+        raise InputError(
+            str(path),
+            expected="samples of this model and these settings",
+            found=f"those of another model, suite or decoding ({found[:12]}…)",
+            fix="choose another --out, or pass --overwrite",
+        )
+
+
+def _one(name: str, speaker: Speaker, suite: Suite, samples: Path, settings: EvaluateSettings, progress: Progress) -> Done:
+    """A model's rows in one suite, judged batch by batch as they are made."""
+    path = samples_file(samples, name, suite.name)
+    partial = path.with_suffix(".partial.jsonl")
+    key = speaker.key(suite)
+    rows: dict[int, dict[str, Any]] = {}
+    with partial.open("w", encoding="utf-8") as handle:
+
+        def told(places: Sequence[int], answers: Sequence[Said]) -> None:
+            for place, said in zip(places, answers, strict=True):
+                rows[place] = judge_row(suite.prompts[place], said, suite, settings, key=key)
+                handle.write(json.dumps(rows[place], ensure_ascii=False) + "\n")
+            handle.flush()
+
+        said = speaker.answers(suite, told)
+    ordered = [rows[place] for place in range(len(suite.prompts))]
+    write_samples(path, ordered)
+    partial.unlink()
+    note_errors(name, suite, ordered, progress)
+    return suite_done(suite, ordered, settings, template=said.template, key=said.key)
+
+
+def check_names(models: Sequence[str], suites: Sequence[str], against: Sequence[str]) -> None:
+    """Names of models and suites are there, plain, and known.
+
+    Raises:
+        InputError: none of either, a name that is not plain, an unknown name in `against`, or two suites of one name.
+    """
     if not models or not suites:
         raise InputError("evaluation", expected="at least one model and one suite", found=f"{len(models)} and {len(suites)}")
     for name in models:
@@ -96,85 +193,15 @@ def _check(models: Mapping[str, Model], suites: Sequence[Suite], against: Sequen
     for name in against:
         if name not in models:
             raise InputError("against", expected=f"one of {', '.join(models)}", found=name)
-    names = [suite.name for suite in suites]
-    for name in names:
-        if names.count(name) > 1:
+    for name in suites:
+        if suites.count(name) > 1:
             raise InputError("suites", expected="each name once", found=f"{name} twice")
+
+
+def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=settings.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError("device", expected="a torch device of this machine", found=f"{settings.device} ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------- judging
-def _judge(prompt: SuitePrompt, said: Said) -> dict[str, Any]:
-    """The row of one answer. A verifier that cannot run is written down and counts as not passed."""
-    row = {
-        "id": prompt.id,
-        "group": prompt.group,
-        "tier": prompt.tier,
-        "topic": prompt.topic,
-        "prompt": prompt.prompt,
-        "answer": said.text,
-        "passed": False,
-        "tokens": said.tokens,
-        "finished": said.finished,
-    }
-    try:
-        row["passed"] = verify(prompt.verifier, prompt.prompt, said.text, prompt.arguments)
-    except MissingError:
-        raise
-    except Exception as error:  # whatever a checker stumbles over is shown with its answer
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return row
-
-
-def _note_errors(name: str, suite: Suite, rows: Sequence[dict[str, Any]], progress: Progress) -> None:
-    failed = [row for row in rows if "error" in row]
-    if failed:
-        progress.note(
-            f"{name}: {suite.name}: {len(failed)} of {len(rows)} answers could not be judged and count as not passed; "
-            f"first {failed[0]['id']}: {failed[0]['error']}"
-        )
-
-
-def _result(suite: Suite, rows: Sequence[dict[str, Any]], said: SuiteAnswers, settings: EvaluateSettings) -> SuiteResult:
-    return SuiteResult(
-        metrics=score(Verdicts(suite, [row["passed"] for row in rows]), settings),
-        errors=sum("error" in row for row in rows),
-        tokens=sum(answer.tokens for answer in said.answers),
-        unfinished=sum(not answer.finished for answer in said.answers),
-        template=said.template,
-        answers=said.key,
-    )
-
-
-def _record(suite: Suite) -> SuiteRecord:
-    return SuiteRecord(
-        digest=suite.digest,
-        split=suite.split,
-        prompts=len(suite.prompts),
-        answer_tokens=suite.answer_tokens,
-        chat_template=suite.chat_template,
-        groups=suite.groups,
-        limited=suite.limited,
-    )
-
-
-def _pairs(
-    verdicts: Mapping[str, Mapping[str, list[bool]]],
-    suites: Sequence[Suite],
-    against: Sequence[str],
-    settings: EvaluateSettings,
-) -> tuple[PairTest, ...]:
-    """Every model against each reference; of two references only the later against the earlier."""
-    wanted = [
-        (model, other)
-        for model in verdicts
-        for other in against
-        if model != other and not (model in against and against.index(model) < against.index(other))
-    ]
-    by_suite = {name: {s.name: Verdicts(s, judged[s.name]) for s in suites} for name, judged in verdicts.items()}
-    return pair_tests(wanted, by_suite, settings)
+        raise InputError("device", expected="a torch device of this machine", found=f"{device} ({error})") from None

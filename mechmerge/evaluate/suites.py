@@ -1,59 +1,87 @@
-"""Suites: prompts with the verifiers that judge their answers.
+"""Suites: prompts with the instructions that judge their answers.
 
-Built in are `formats` (every topic of the split in all six IFEval formats) and `arithmetic`; both have a tier of unseen
-wordings that is reported apart. A user's own suite is a YAML file
-
-    name: politeness                # default: the file's name
-    answer_tokens: 64
-    chat_template: model
-    verifier: {name: contains}      # for prompts that name none
-    prompts:
-      - {id: a, prompt: "Thank the guard.", verifier: {name: contains}, arguments: {text: thank}, topic: guards, group: thanks}
-
-or a JSON Lines file with one such prompt a line.
+Built in are `formats` (every topic of the split in all six IFEval formats), `arithmetic` and `code`, each with tiers that are
+reported apart, and `ifeval`, the official prompts of IFEval (evaluate/ifeval.py says where they come from). A user's own
+suite is a file (evaluate/suite_files.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mechmerge.artifacts import Document, digest, parse_document, parse_json, parse_yaml, read_text
-from mechmerge.behaviors.prompts import Prompt, arithmetic_prompts, format_prompts, material
-from mechmerge.behaviors.schema import Verifier, load_behavior
-from mechmerge.behaviors.verifiers import check_arguments, check_verifier, verify
-from mechmerge.errors import InputError, MechmergeError, MissingError, SchemaError
+from mechmerge.artifacts import Document, digest
+from mechmerge.behaviors.prompts import TIERS, Tier
+from mechmerge.behaviors.schema import Verifier
+from mechmerge.errors import InputError
 
-Tier = Literal["seen", "unseen"]
-BUILTIN = ("formats", "arithmetic")
-SUMS = {"seen": 120, "unseen": 60}
-"""Sums of the built-in arithmetic suite, by tier."""
+Reading = Literal["strict", "loose"]
+BUILTIN = ("formats", "arithmetic", "code", "ifeval")
+
+TASK = "lm_eval:"
+"""What names of lm-eval's tasks begin with where suites are named."""
 
 
-class SuitePrompt(Document):
-    """One prompt and how its answer is judged."""
+def is_task(name: str) -> bool:
+    """Whether a suite's name is that of a task of lm-eval (evaluate/harness.py)."""
+    return name.startswith(TASK)
 
-    id: str = Field(min_length=1)
-    prompt: str = Field(min_length=1)
+
+class Instruction(Document):
+    """One thing that an answer must do, and how that is checked."""
+
     verifier: Verifier
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the verifier for this prompt alone."""
+
+
+class SuitePrompt(Document):
+    """One prompt and how its answer is judged: it passes when every instruction does.
+
+    A prompt of one instruction may give `verifier` and `arguments` in the place of `instructions`.
+    """
+
+    id: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+    instructions: tuple[Instruction, ...] = Field(min_length=1)
     group: str = Field(default="all", pattern=r"^[A-Za-z0-9][A-Za-z0-9_:-]*$")
     """Kind of the prompt, such as one of the six formats; a suite's headline is the mean over its groups."""
     tier: Tier = "seen"
-    """`unseen` prompts are reported apart."""
+    """Prompts of the tiers `unseen` and `hard` are reported apart."""
     topic: str | None = None
     """Prompts of one topic are one cluster in statistics; each its own by default."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "instructions" not in value and "verifier" in value:
+            one = {key: value[key] for key in ("verifier", "arguments") if key in value}
+            return {key: entry for key, entry in value.items() if key not in one} | {"instructions": (one,)}
+        return value
+
     @model_validator(mode="after")
     def _reserved(self) -> SuitePrompt:
-        if self.group == "min":
-            raise ValueError("the group name `min` is taken by the worst group")
+        if self.group in RESERVED:
+            raise ValueError(f"the group name `{self.group}` is taken: {RESERVED[self.group]}")
         return self
+
+    @property
+    def cluster(self) -> str:
+        """What is resampled in statistics: the topic, or a name that no topic has."""
+        return self.topic or f"\0{self.id}"
+
+
+RESERVED = {
+    "min": "the worst group",
+    "instruction": "the share of instructions that pass",
+    "loose": "the loose reading",
+    "loose-instruction": "the loose reading, by instruction",
+}
+"""Names that metrics of a suite have, and no group may."""
 
 
 class Suite(Document):
@@ -61,11 +89,15 @@ class Suite(Document):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     split: str
-    """`test`, `develop`, or `file` for a user's own."""
+    """`test`, `develop`, or `file` for prompts that have no splits."""
     answer_tokens: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     chat_template: str = "model"
     """`model`: each model's own; `none`: the prompts as they are; anything else: a Jinja template."""
+    readings: tuple[Reading, ...] = ("strict",)
+    """`loose` also judges the answer without its first or last line and without asterisks, as IFEval does."""
+    breakdown: Literal["group", "instruction"] = "group"
+    """What the suite is reported by: groups of prompts, or types of instructions (then groups are not averaged)."""
     prompts: tuple[SuitePrompt, ...] = Field(min_length=1)
     limited: bool = False
     """Whether prompts were left out by a limit."""
@@ -75,6 +107,8 @@ class Suite(Document):
         twice = [name for name, count in Counter(p.id for p in self.prompts).items() if count > 1]
         if twice:
             raise ValueError(f"prompt id {twice[0]!r} stands twice")
+        if self.readings[:1] != ("strict",) or len(set(self.readings)) < len(self.readings):
+            raise ValueError("readings: expected [strict] or [strict, loose]")
         return self
 
     @property
@@ -84,129 +118,62 @@ class Suite(Document):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups, in order of appearance."""
-        return tuple(dict.fromkeys(p.group for p in self.prompts))
+        """Names of the groups, or of the types of instructions, in order of appearance."""
+        if self.breakdown == "group":
+            return tuple(dict.fromkeys(p.group for p in self.prompts))
+        return tuple(sorted({i.verifier.name for p in self.prompts for i in p.instructions}))
 
 
-def load_suite(name: str | Path, split: Literal["test", "develop"] = "test", limit: int | None = None) -> Suite:
+def load_suite(
+    name: str | Path,
+    split: Literal["test", "develop"] = "test",
+    limit: int | None = None,
+    *,
+    tiers: Sequence[Tier] | None = None,
+    data: Path | None = None,
+) -> Suite:
     """A suite by the name of a built-in one or the path of a YAML or JSON Lines file.
 
     Args:
-        name: `formats`, `arithmetic`, or a path.
+        name: a built-in suite's name, or a path.
         split: of a built-in suite: `test` is what is reported, `develop` is for choosing settings. A file has no splits.
         limit: at most this many prompts, the same share of every group and tier.
+        tiers: only prompts of these (default: all that there are).
+        data: the official prompts of `ifeval`, a JSON Lines file (default: from the Hub, at a pinned revision).
 
     Raises:
         InputError: neither a built-in name nor a file; an unknown verifier or argument.
         SchemaError: the file breaks the schema, a prompt is missing, or an id stands twice.
-        MissingError: a verifier needs data that is not on this machine.
+        MissingError: a verifier or the suite needs data that is not on this machine.
     """
-    if str(name) == "formats":
-        suite = _formats(split)
-    elif str(name) == "arithmetic":
-        suite = _arithmetic(split)
+    from mechmerge.evaluate import builtin_suites, ifeval, suite_files
+
+    if data is not None and str(name) != "ifeval":
+        raise InputError("--data", expected="the suite ifeval", found=str(name), fix="a file of your own is a suite itself")
+    if str(name) in builtin_suites.SUITES:
+        suite = builtin_suites.SUITES[str(name)](split)
+    elif str(name) == "ifeval":
+        suite = ifeval.load(data)
     elif Path(name).is_file():
-        suite = _from_file(Path(name))
+        suite = suite_files.load(Path(name))
     else:
         raise InputError(f"suite {name!s}", expected=f"a file, or one of {', '.join(BUILTIN)}", found="neither")
-    return suite if limit is None or limit >= len(suite.prompts) else _limited(suite, limit)
+    if tiers is not None and not {prompt.tier for prompt in suite.prompts} <= set(tiers):
+        kept = tuple(prompt for prompt in suite.prompts if prompt.tier in tiers)
+        if not kept:
+            raise InputError(f"suite {name!s}", expected=f"prompts of the tiers {', '.join(tiers)}", found="none")
+        suite = suite.model_copy(update={"prompts": kept})
+    return suite if limit is None or limit >= len(suite.prompts) else limited(suite, limit)
 
 
-# ---------------------------------------------------------------------------------------------------------------- built in
-def _formats(split: Literal["test", "develop"]) -> Suite:
-    prompts: list[SuitePrompt] = []
-    tokens = 0
-    for name in material()["formats"]:
-        verifier, longest = _judged(name)
-        tokens = max(tokens, longest)
-        unseen = format_prompts(name, split, "unseen")
-        rows = format_prompts(name, split) + unseen[: len(unseen) // 2]
-        prompts += [_builtin(row, f"{name}.{row.tier}.{row.topic}", name, verifier) for row in rows]
-    return Suite(name="formats", split=split, answer_tokens=tokens, prompts=tuple(prompts))
-
-
-def _arithmetic(split: Literal["test", "develop"]) -> Suite:
-    verifier, tokens = _judged("arithmetic")
-    tiers: tuple[Tier, ...] = ("seen", "unseen")
-    prompts = []
-    for row in [row for tier in tiers for row in arithmetic_prompts(split, SUMS[tier], tier)]:
-        low, high = (int(operand) for operand in row.topic.split(","))
-        group = "addition" if row.arguments["answer"] == low + high else "subtraction"
-        prompts.append(_builtin(row, f"{group}.{row.tier}.{low}.{high}", group, verifier))
-    return Suite(name="arithmetic", split=split, answer_tokens=tokens, prompts=tuple(prompts))
-
-
-def _judged(name: str) -> tuple[Verifier, int]:
-    """The verifier of a built-in behaviour and its longest answer, in tokens."""
-    behavior = load_behavior(name)
-    if behavior.verifier is None:
-        raise SchemaError(f"{name}.yaml", expected="a verifier", found="none")
-    return behavior.verifier, behavior.answer_tokens
-
-
-def _builtin(row: Prompt, name: str, group: str, verifier: Verifier) -> SuitePrompt:
-    return SuitePrompt(
-        id=name, prompt=row.text, verifier=verifier, arguments=row.arguments, group=group, tier=row.tier, topic=row.topic
-    )
-
-
-def _limited(suite: Suite, limit: int) -> Suite:
+def limited(suite: Suite, limit: int) -> Suite:
     """Takes prompts from every group and tier in turn; the order of those taken stays."""
     if limit < 1:
         raise InputError("limit", expected="at least 1", found=str(limit))
-    cells: dict[tuple[str, str], list[int]] = defaultdict(list)
+    cells: dict[tuple[Tier, str], list[int]] = defaultdict(list)
     for i, prompt in enumerate(suite.prompts):
         cells[prompt.tier, prompt.group].append(i)
-    ordered = [members for _, members in sorted(cells.items(), key=lambda cell: cell[0][0])]  # the seen tier first
+    ordered = [members for _, members in sorted(cells.items(), key=lambda cell: TIERS.index(cell[0][0]))]
     turns = sorted((turn, c, i) for c, members in enumerate(ordered) for turn, i in enumerate(members))
     kept = sorted(i for _, _, i in turns[:limit])
     return suite.model_copy(update={"prompts": tuple(suite.prompts[i] for i in kept), "limited": True})
-
-
-# ------------------------------------------------------------------------------------------------------------------- files
-def _from_file(path: Path) -> Suite:
-    where, text = str(path), read_text(path)
-    if path.suffix == ".jsonl":
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        value: Any = {"prompts": [parse_json(line, f"{where}: line {i}") for i, line in lines]}
-    else:
-        value = parse_yaml(text, where)
-        value = {"prompts": value} if isinstance(value, list) else value
-    if not isinstance(value, dict) or not isinstance(value.get("prompts"), list):
-        raise SchemaError(where, expected="a mapping with a list of prompts", found=type(value).__name__)
-    if "split" in value or "limited" in value:
-        raise SchemaError(where, expected="no split or limited (a file has neither)", found="one of them")
-    default = value.pop("verifier", None)
-    rows = [_row(row, number, default, f"{where}: prompt {number}") for number, row in enumerate(value["prompts"], 1)]
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-_") or "suite"
-    suite = parse_document(Suite, {"name": stem} | value | {"prompts": rows, "split": "file"}, where)
-    for number, prompt in enumerate(suite.prompts, 1):
-        _check(prompt, f"{where}: prompt {number} ({prompt.id})")
-    return suite
-
-
-def _row(row: Any, number: int, default: Any, where: str) -> Any:
-    """A prompt of a file with what it may leave out: its id, and a verifier that is only a name or the file's own."""
-    if not isinstance(row, dict):
-        raise SchemaError(where, expected="a mapping with prompt, verifier and arguments", found=type(row).__name__)
-    if not row.get("prompt"):
-        raise SchemaError(where, expected="a prompt", found="none")
-    verifier = row.get("verifier", default)
-    if verifier is None:
-        raise SchemaError(where, expected="a verifier", found="none", fix="give the prompt or the file one")
-    verifier = {"name": verifier} if isinstance(verifier, str) else verifier
-    return row | {"id": str(row.get("id", number)), "verifier": verifier}
-
-
-def _check(prompt: SuitePrompt, where: str) -> None:
-    """The verifier of a prompt runs: judged once on a probe, so that a wrong argument is found before any answer is made."""
-    try:
-        check_verifier(prompt.verifier)
-        check_arguments(prompt.verifier, prompt.arguments)
-        verify(prompt.verifier, prompt.prompt, "A probe: 1 answer.", prompt.arguments)
-    except MissingError:
-        raise
-    except MechmergeError as error:
-        raise InputError(f"{where}: {error}") from None
-    except Exception as error:
-        raise InputError(where, expected="a verifier that runs", found=f"{type(error).__name__}: {error}") from None

@@ -7,10 +7,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document
+from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Bound, Gate
+from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+RECIPE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""Names of recipes are no part of a tensor's name, so they may hold a dot."""
 
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +49,10 @@ class LocalizePlan(Document):
     verify: int = Field(default=16, ge=0)
     prompts: int = Field(default=12, ge=2)
     steering_prompts: int = Field(default=8, ge=0)
+    curves: bool = True
+    curve_seeds: int = Field(default=3, ge=2)
+    curve_output_shares: Shares = OUTPUT_SHARES
+    curve_pass_prompts: int = Field(default=8, ge=0)
     on_invalid: Literal["refuse", "report"] = "refuse"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -98,8 +106,24 @@ class EvaluatePlan(Document):
     """Built-in suites or files, relative to the pipeline's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch: int = Field(default=24, ge=1)
+    split: Literal["test", "develop"] = "test"
+    """Prompts of the built-in suites; what is chosen is chosen on `develop`."""
+    tiers: tuple[Tier, ...] | None = None
+    """Only prompts of these tiers (default: all that a suite has)."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts a suite, for trying out."""
+    exact: bool = False
+    """float32, and answers that do not depend on the other prompts of their batch."""
+    thinking: Literal["keep", "strip"] = "keep"
+    """Whether `<think>…</think>` blocks are part of the answer that is judged."""
+    ifeval_data: str | None = None
+    """The official prompts of the suite `ifeval`, a JSON Lines file relative to the pipeline's (default: from the Hub)."""
+
+    @model_validator(mode="after")
+    def _exact(self) -> EvaluatePlan:
+        if self.exact and self.dtype != "float32":
+            raise ValueError("exact: needs dtype float32")
+        return self
 
 
 class Pipeline(Document):
@@ -139,7 +163,10 @@ class Pipeline(Document):
     def _names(self) -> Pipeline:
         import re
 
-        for name in (*self.experts, *self.recipes, *self.behaviors):
+        for name in self.recipes:
+            if not re.match(RECIPE, name):
+                raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . and -)")
+        for name in (*self.experts, *self.behaviors):
             if not re.match(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
         taken = {"base", *self.experts}

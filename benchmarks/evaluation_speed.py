@@ -1,0 +1,136 @@
+"""Answers a second against lm-eval's `hf` backend: `python -m benchmarks.evaluation_speed [--quick] [--save]`.
+
+SmolLM2-135M-Instruct answers the test prompts of the suite `formats`: here as `evaluate` asks it, and as `HFLM.generate_until`
+of lm-eval with batches of 8, 16, 32 and 64 (its batch size is set, all else is left as it is). Both get the same model folder,
+dtype, rendered prompts, limit of tokens and end tokens, greedy. They take turns, in the opposite order every other round;
+of every setting the fastest round counts. Timed is generation alone: loading models and importing packages is outside.
+
+- `throughput_ratio`: our prompts a second over those of lm-eval's best batch, bfloat16.
+- `overhead_share`: of an evaluation's time without loading, what is not generation: tokenizing, verdicts, files, statistics.
+- `same_answers_fp32_share`: of an even part of the prompts, answers in float32 that are equal to lm-eval's, letter by letter.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.common import Goal, finish
+from mechmerge.behaviors.chat import chat_template_of, render
+from mechmerge.cli.common import set_threads
+from mechmerge.evaluate.record import EvaluateSettings
+from mechmerge.evaluate.run import evaluate
+from mechmerge.evaluate.suites import Suite, limited, load_suite
+from mechmerge.models.load import load_tokenizer, quiet
+from mechmerge.models.references import Model, resolve
+
+BATCHES = (8, 16, 32, 64)
+GOALS = {
+    "throughput_ratio": Goal(1.5, at_most=False),
+    "overhead_share": Goal(0.05),
+    "same_answers_fp32_share": Goal(1.0, at_most=False),
+}
+
+
+class Theirs:
+    """lm-eval's `hf` backend with the model loaded."""
+
+    def __init__(self, model: Model, dtype: str) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        with quiet():
+            self.lm = HFLM(pretrained=str(model.path), dtype=dtype, device="cpu", add_bos_token=False)
+        self.tokenizer = load_tokenizer(model.path)
+
+    def answers(self, suite: Suite, batch: int) -> tuple[float, list[str]]:
+        """Seconds and texts."""
+        from lm_eval.api.instance import Instance
+
+        template = chat_template_of(self.tokenizer, suite.chat_template)
+        options: dict[str, Any] = {"until": [self.tokenizer.eos_token], "max_gen_toks": suite.answer_tokens, "do_sample": False}
+        asked = [
+            Instance("generate_until", {}, (render(self.tokenizer, prompt.prompt, template), dict(options)), i)
+            for i, prompt in enumerate(suite.prompts)
+        ]
+        self.lm.batch_size_per_gpu = batch
+        start = time.perf_counter()
+        with quiet():
+            texts = self.lm.generate_until(asked, disable_tqdm=True)
+        return time.perf_counter() - start, texts
+
+
+class Ours:
+    """What one evaluation of ours took and said."""
+
+    def __init__(self, model: Model, suite: Suite, **settings: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            evaluate({"model": model}, [suite], Path(folder) / "evaluation.json", EvaluateSettings(**settings))
+            seconds = time.perf_counter() - start
+            (line,) = (Path(folder) / "timings.jsonl").read_text("utf-8").splitlines()
+            rows = (Path(folder) / "samples" / f"model.{suite.name}.jsonl").read_text("utf-8").splitlines()
+        times = json.loads(line)
+        self.generation = times["generation_seconds"]
+        self.overhead = 1 - self.generation / (seconds - times["loading_seconds"])
+        self.tokens = times["tokens"]
+        self.texts = [json.loads(row)["answer"] for row in rows]
+
+
+def same(ours: list[str], theirs: list[str]) -> float:
+    """Share of equal answers."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(theirs)
+
+
+@click.command()
+@click.option("--quick", is_flag=True)
+@click.option("--save", is_flag=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+def main(quick: bool, save: bool, threads: int, rounds: int) -> None:
+    """Measure answers a second against lm-eval's hf backend."""
+    set_threads(threads)
+    model = resolve("demo:smollm2-135m-instruct")
+    whole = load_suite("formats")
+    suite, batches, rounds = (limited(whole, 32), (16, 32), 1) if quick else (whole, BATCHES, rounds)
+    few = limited(whole, 6 if quick else 48)
+    Ours(model, limited(whole, 2), dtype="bfloat16")  # imports, and pages of the files
+    theirs = Theirs(model, "bfloat16")
+    theirs.answers(limited(whole, 2), 2)
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    mine: list[Ours] = []
+    texts: list[str] = []
+    for turn in range(rounds):
+        for batch in (None, *batches) if turn % 2 == 0 else (*batches[::-1], None):
+            if batch is None:
+                mine.append(Ours(model, suite, dtype="bfloat16"))
+            else:
+                taken, texts = theirs.answers(suite, batch)
+                seconds[batch].append(taken)
+    del theirs
+    fp32 = Theirs(model, "float32").answers(few, 8)[1]
+    best, fastest = min(mine, key=lambda ours: ours.generation), min(map(min, seconds.values()))
+    figures: dict[str, Any] = {
+        "prompts": len(suite.prompts),
+        "rounds": rounds,
+        "threads": threads,
+        "our tokens a second": best.tokens / best.generation,
+        "our prompts a second": len(suite.prompts) / best.generation,
+        **{f"lm-eval prompts a second, batch {b}": len(suite.prompts) / min(taken) for b, taken in seconds.items()},
+        "throughput_ratio": fastest / best.generation,
+        "throughput_ratio, slowest of ours": fastest / max(ours.generation for ours in mine),
+        "overhead_share": max(ours.overhead for ours in mine),
+        "same_answers_bf16_share": same(best.texts, texts),
+        "prompts in fp32": len(few.prompts),
+        "same_answers_fp32_share": same(Ours(model, few, dtype="float32").texts, fp32),
+        "same_answers_exact_share": same(Ours(model, few, dtype="float32", exact=True).texts, fp32),
+    }
+    finish("evaluation_speed", figures, GOALS, save, quick)
+
+
+if __name__ == "__main__":
+    main()

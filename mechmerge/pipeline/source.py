@@ -1,0 +1,103 @@
+"""From a pipeline file to resolved models and behaviours: everything that can be wrong is found before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from mechmerge.artifacts import Document, read_document
+from mechmerge.behaviors.schema import Behavior, load_group
+from mechmerge.evaluate.suites import BUILTIN, is_task, load_suite
+from mechmerge.models.pair import align, check_pair
+from mechmerge.models.references import Model, check_reference, is_local, is_unpinned_hub, resolve
+from mechmerge.pipeline.schema import Pipeline
+from mechmerge.progress import Progress
+from mechmerge.publish.licenses import license_of_merge
+
+D = TypeVar("D", bound=Document)
+
+
+class Resolved(NamedTuple):
+    """A pipeline whose models lie on this machine."""
+
+    pipeline: Pipeline
+    folder: Path
+    """The folder of the pipeline file; relative names are read from it."""
+    base: Model
+    experts: dict[str, Model]
+    behaviors: dict[str, tuple[Behavior, ...]]
+    """By name of the pipeline; a group has several."""
+
+
+def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
+    """Reads a pipeline file, fetches its models, and checks what would stop the run in a late stage.
+
+    Whether weights are finite is left to the stages, which read them anyway.
+
+    Raises:
+        InputError, SchemaError: the pipeline or a model is not what it must be.
+        MissingError: a model, package or the Hub is needed and not there.
+    """
+    pipeline, folder = load_pipeline(path), path.parent
+    base = resolve(_pinned(pipeline.base, pipeline.revision, folder), relative_to=folder, progress=progress)
+    experts = {
+        name: resolve(_pinned(reference, pipeline.revision, folder), relative_to=folder, progress=progress)
+        for name, reference in pipeline.experts.items()
+    }
+    license_of_merge([base.id, *(model.id for model in experts.values())], pipeline.license)
+    for expert in experts.values():
+        aligned = align(base, expert, pipeline.vocabulary)
+        check_pair(base.checkpoint(), aligned.checkpoint(), positions=pipeline.positions, finite=False)
+    return Resolved(pipeline, folder, base, experts, behaviors_of(pipeline, folder))
+
+
+def load_pipeline(path: Path) -> Pipeline:
+    """Reads a pipeline file and checks everything that can be checked without a model: schema, behaviours, suites.
+
+    Raises:
+        SchemaError, InputError: naming file, place, expected and found.
+    """
+    pipeline = read_document(Pipeline, path)
+    behaviors_of(pipeline, path.parent)
+    for suite in pipeline.evaluate.suites:
+        if suite not in BUILTIN and not is_task(suite):  # those may need data from elsewhere
+            load_suite(near(suite, path.parent))
+    return pipeline
+
+
+def check_pipeline(path: Path) -> Pipeline:
+    """Checks a pipeline file without fetching or reading any model: the schema, behaviours, suites and the form of references.
+
+    Raises:
+        SchemaError, InputError: naming file, place, expected and found.
+    """
+    pipeline = load_pipeline(path)
+    for reference in (pipeline.base, *pipeline.experts.values()):
+        check_reference(_pinned(reference, pipeline.revision, path.parent), relative_to=path.parent)
+    return pipeline
+
+
+def near(name: str, folder: Path) -> str:
+    """A file named relative to the pipeline's folder, or the name of something built in."""
+    return str(folder / name) if (folder / name).is_file() else name
+
+
+def behaviors_of(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Behavior, ...]]:
+    """The behaviours of a pipeline by its names, in its chat template."""
+    groups = {name: load_group(near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
+    return {name: tuple(templated(member, pipeline) for member in members) for name, members in groups.items()}
+
+
+def templated(document: D, pipeline: Pipeline) -> D:
+    """A behaviour or suite with the pipeline's chat template in the place of `model`."""
+    if pipeline.chat_template is None or getattr(document, "chat_template", None) != "model":
+        return document
+    return document.model_copy(update={"chat_template": pipeline.chat_template})
+
+
+def _pinned(reference: str, revision: str | None, folder: Path) -> str:
+    """A Hub reference with the pipeline's revision added where it names none."""
+    if revision is None:
+        return reference
+    parts = (f"{part}@{revision}" if is_unpinned_hub(part, folder) else part for part in reference.split("+"))
+    return reference if is_local(reference, folder) else "+".join(parts)

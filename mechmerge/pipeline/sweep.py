@@ -1,0 +1,279 @@
+"""Side by side: every combination of experts, policies and parameters that is asked for, ranked by the gate.
+
+SWEEP/sets/EXPERTS/        a run directory for each set of experts: its measurements, recipes and merges
+SWEEP/evaluation.json      one evaluation of the base, all experts and all merges; equal weights share their answers
+SWEEP/sweep.json           the ranking
+
+Localization depends on the base and one expert, so it is made once and handed on; effects and rounds depend on the sum, so
+they are measured for each set of experts. A sweep chooses, so it asks the develop split unless told otherwise: what it
+ranks first is still to be run on the test split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from mechmerge.artifacts import Document, lock, parse_yaml, write_json, write_yaml
+from mechmerge.errors import InputError
+from mechmerge.evaluate.gate import Gate, GateResult, check_gate
+from mechmerge.evaluate.record import Evaluation
+from mechmerge.models.references import Model
+from mechmerge.pipeline.run import evaluated, merged_models, suites_of
+from mechmerge.pipeline.schema import PARAMETERS, Pipeline, RecipePlan
+from mechmerge.pipeline.source import Resolved, resolve_pipeline
+from mechmerge.pipeline.stages import Stages, run_record
+from mechmerge.pipeline.state import RunState
+from mechmerge.progress import SILENT, Progress
+
+CONTROLS = ("random", "magnitude")
+MEASURED = ("conflict", "rounds", "top")
+"""Policies that controls copy the shares of."""
+
+
+class Variant(Document):
+    """One combination."""
+
+    name: str
+    experts: tuple[str, ...]
+    policy: str
+    parameters: dict[str, Any]
+    like: str | None = None
+    """For a control: the variant whose shares it copies."""
+
+
+class Ranked(Document):
+    """What became of a variant."""
+
+    rank: int
+    """1 is the best: rules passed, then least missing to the failed ones, then the mean of the headline metrics."""
+    variant: Variant
+    gate: GateResult
+    metrics: dict[str, float]
+    """Headline metrics by flat name."""
+    recipe: str
+    """Its recipe file, relative to the sweep."""
+
+
+class Sweep(Document):
+    """`sweep.json`."""
+
+    schema_version: Literal[1] = 1
+    split: Literal["test", "develop"]
+    """The prompts of built-in suites that the ranking rests on."""
+    ranking: tuple[Ranked, ...]
+
+
+def parse_vary(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """What is varied: `policy=conflict,top,budget=0.1,0.5` (a piece without `=` is one more value of the name before it).
+
+    Raises:
+        InputError: no name, no value, or a name twice.
+    """
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name = ""
+        for piece in text.split(","):
+            before, sign, value = piece.partition("=")
+            if sign:
+                name = before.strip()
+                if name in found:
+                    raise InputError("--vary", expected="each name once", found=f"{name} twice")
+                found[name] = []
+            else:
+                value = before
+            if not name or not value.strip():
+                raise InputError("--vary", expected="NAME=VALUE,VALUE…", found=repr(text))
+            found[name].append(parse_yaml(value, f"--vary {name}"))
+    return found
+
+
+def expert_sets(names: Sequence[str], wanted: Sequence[Any]) -> list[tuple[str, ...]]:
+    """Sets of experts, largest first: `all`, `pairs`, `subsets` (of two or more), or `a+b`.
+
+    Raises:
+        InputError: an unknown expert, or one twice.
+    """
+    found: list[tuple[str, ...]] = []
+    for text in map(str, wanted):
+        if text == "all":
+            found.append(tuple(names))
+        elif text == "pairs":
+            found += itertools.combinations(names, 2)
+        elif text == "subsets":
+            found += [chosen for k in range(2, len(names) + 1) for chosen in itertools.combinations(names, k)]
+        else:
+            chosen = text.split("+")
+            for name in chosen:
+                if name not in names or chosen.count(name) > 1:
+                    known = ", ".join(names)
+                    raise InputError("--vary experts", expected=f"all, pairs, subsets, or A+B of {known}", found=repr(text))
+            found.append(tuple(name for name in names if name in chosen))
+    return sorted(dict.fromkeys(found), key=len, reverse=True)
+
+
+def variants(pipeline: Pipeline, vary: dict[str, list[Any]]) -> list[Variant]:
+    """All combinations for one set of experts.
+
+    A parameter is varied for the policies that have it. Without `policy` the pipeline's own recipes are varied.
+
+    Raises:
+        InputError: an unknown policy, a parameter that no policy here has, or a control without a policy to copy.
+    """
+    given = {name: values for name, values in vary.items() if name not in ("policy", "experts")}
+    if "policy" in vary:
+        plans: list[tuple[str, str, dict[str, Any]]] = [(str(policy), str(policy), {}) for policy in vary["policy"]]
+    else:
+        plans = [(name, plan.policy, dict(plan.parameters)) for name, plan in pipeline.recipes.items()]
+        plans = [plan for plan in plans if plan[1] not in CONTROLS]
+    for _, policy, _ in plans:
+        if policy not in PARAMETERS:
+            raise InputError("--vary policy", expected=f"some of {', '.join(PARAMETERS)}", found=policy)
+    for name in given:
+        if not any(_takes(policy, name) for _, policy, _ in plans):
+            policies = ", ".join(policy for _, policy, _ in plans)
+            raise InputError(f"--vary {name}", expected=f"a parameter of {policies}", found="one that none of them has")
+    made: list[Variant] = []
+    for title, policy, parameters in sorted(plans, key=lambda plan: plan[1] in CONTROLS):
+        names = [name for name in given if _takes(policy, name)]
+        copied = [v for v in made if v.policy in MEASURED] if policy in CONTROLS else [None]
+        if not copied:
+            raise InputError(
+                f"--vary policy={policy}", expected=f"one of {', '.join(MEASURED)} beside the control", found="none"
+            )
+        for like, values in itertools.product(copied, itertools.product(*(given[name] for name in names))):
+            chosen = dict(zip(names, values, strict=True))
+            parts = [title, *(f"{name}-{value}" for name, value in chosen.items()), *([f"like-{like.name}"] if like else [])]
+            made.append(
+                Variant(
+                    name="_".join(parts).replace("+", "-"),
+                    experts=tuple(pipeline.experts),
+                    policy=policy,
+                    parameters=parameters | chosen,
+                    like=like.name if like else None,
+                )
+            )
+    return made
+
+
+def _takes(policy: str, parameter: str) -> bool:
+    return parameter.partition(".")[0] in PARAMETERS[policy]
+
+
+def subset(pipeline: Pipeline, experts: Sequence[str], vary: dict[str, list[Any]]) -> tuple[Pipeline, list[Variant]]:
+    """The pipeline of some of the experts, with a recipe for each variant.
+
+    Raises:
+        InputError: a combination that the policy does not take.
+    """
+    part = pipeline.model_copy(
+        update={
+            "experts": {name: pipeline.experts[name] for name in experts},
+            "behaviors": {name: plan for name, plan in pipeline.behaviors.items() if plan.expert in experts},
+        }
+    )
+    made = variants(part, vary)
+    try:
+        recipes = {v.name: RecipePlan(policy=v.policy, like=v.like, parameters=v.parameters) for v in made}  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise InputError("--vary", expected="parameters that the policy takes", found=str(error.errors()[0]["msg"])) from None
+    return part.model_copy(update={"recipes": recipes, "publish": made[0].name}), made
+
+
+def run_sweep(
+    path: Path,
+    vary: dict[str, list[Any]],
+    out: Path,
+    *,
+    split: Literal["test", "develop"] = "develop",
+    progress: Progress = SILENT,
+    device: str = "cpu",
+) -> tuple[Sweep, Evaluation]:
+    """Makes, evaluates and ranks all combinations; calling it again goes on where it stopped.
+
+    Args:
+        path: the pipeline file; its recipes, gate and suites are the sweep's.
+        vary: what is varied (see `parse_vary`).
+        out: the sweep's folder.
+        split: prompts of the built-in suites.
+
+    Raises:
+        InputError: a combination that cannot be, or another process at work on `out`.
+        MissingError: a model, package or the Hub is needed and not there.
+    """
+    source = resolve_pipeline(path, progress)
+    pipeline = source.pipeline.model_copy(update={"evaluate": source.pipeline.evaluate.model_copy(update={"split": split})})
+    sets = expert_sets(tuple(pipeline.experts), vary.get("experts", ["all"]))
+    plans = [subset(pipeline, experts, vary) for experts in sets]
+    suites = suites_of(pipeline, source.folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out / ".lock", f"sweep {out}"):
+        models: dict[str, Model] = {"base": source.base} | source.experts
+        found: list[tuple[Variant, Path]] = []
+        for part, made in plans:
+            label = "+".join(part.experts)
+            stages = _stages(source._replace(pipeline=part), out / "sets" / label, out, progress, device)
+            stages.make()
+            for name, model in merged_models(stages).items():
+                models[name if len(plans) == 1 else f"{label.replace('+', '-')}.{name}"] = model
+            found += [(variant, stages.recipe(variant.name)) for variant in made]
+        names = list(models)[1 + len(source.experts) :]
+        whole = Stages(source._replace(pipeline=pipeline), out, RunState(out, progress), progress, device)
+        evaluation = evaluated(whole, models, suites)
+        sweep = Sweep(
+            split=split,
+            ranking=_ranked(
+                evaluation,
+                pipeline.gate,
+                [
+                    (name, variant.model_copy(update={"name": name}), str(recipe.relative_to(out)))
+                    for name, (variant, recipe) in zip(names, found, strict=True)
+                ],
+                models,
+            ),
+        )
+        write_json(out / "sweep.json", sweep)
+    return sweep, evaluation
+
+
+def _stages(source: Resolved, run: Path, sweep: Path, progress: Progress, device: str) -> Stages:
+    """The stages of one set of experts, with the localization of sets that were measured before."""
+    experts = {name: source.experts[name] for name in source.pipeline.experts}
+    behaviors = {name: source.behaviors[name] for name in source.pipeline.behaviors}
+    source = source._replace(experts=experts, behaviors=behaviors)
+    (run / ".state").mkdir(parents=True, exist_ok=True)
+    for name in experts:
+        stamp = run / ".state" / f"localize-{name}.json"
+        for other in sorted(sweep.glob(f"sets/*/.state/localize-{name}.json")):
+            scores = other.parent.parent / "scores" / name
+            if not stamp.exists() and scores.is_dir() and other != stamp:
+                shutil.copytree(scores, run / "scores" / name, dirs_exist_ok=True)
+                shutil.copy2(other, stamp)
+    write_yaml(run / "run.yaml", run_record(source))
+    return Stages(source, run, RunState(run, progress), progress, device)
+
+
+def _ranked(
+    evaluation: Evaluation, gate: Gate, found: Sequence[tuple[str, Variant, str]], models: dict[str, Model]
+) -> tuple[Ranked, ...]:
+    """The variants, best first; each is judged by every rule that names no model but the gate's own."""
+    rules = tuple(rule.model_copy(update={"model": None}) if rule.model == gate.model else rule for rule in gate.rules)
+    ids = {name: model.id for name, model in models.items()}
+    rows = []
+    for name, variant, recipe in found:
+        result = check_gate(evaluation, Gate(model=name, rules=rules), name, weights=ids)
+        known = evaluation.metrics(name)
+        heads = {flat: known[flat].value for suite in evaluation.suites.values() for flat in suite.headlines if flat in known}
+        missing = sum(1.0 if rule.short_by is None else rule.short_by for rule in result.failed)
+        mean = sum(heads.values()) / len(heads)
+        rows.append(((len(result.failed), missing, -mean), variant, result, heads, recipe))
+    rows.sort(key=lambda row: row[0])
+    return tuple(
+        Ranked(rank=rank, variant=variant, gate=result, metrics=heads, recipe=recipe)
+        for rank, (_, variant, result, heads, recipe) in enumerate(rows, 1)
+    )

@@ -1,0 +1,148 @@
+"""Sweeps: what is combined with what, nothing measured or said twice, and a ranking that is the gate's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mechmerge.artifacts import read_document
+from mechmerge.cli.main import cli
+from mechmerge.errors import InputError
+from mechmerge.evaluate.record import Evaluation
+from mechmerge.models.references import Model, resolve
+from mechmerge.pipeline.source import load_pipeline
+from mechmerge.pipeline.sweep import Sweep, expert_sets, parse_vary, run_sweep, subset, variants
+from tests.test_generation import Recorder
+from tests.test_pipeline import write_pipeline
+from tests.tiny import tiny_expert
+
+
+def test_what_is_varied():
+    assert parse_vary(["policy=conflict,top,budget=0.1,0.5", "experts=a+b"]) == {
+        "policy": ["conflict", "top"],
+        "budget": [0.1, 0.5],
+        "experts": ["a+b"],
+    }
+    for bad in ("policy", "=1", "policy=", "policy=a,,b", "budget=1,budget=2"):
+        with pytest.raises(InputError, match="--vary"):
+            parse_vary([bad])
+    with pytest.raises(InputError, match="budget twice"):
+        parse_vary(["budget=1", "budget=2"])
+
+
+def test_sets_of_experts():
+    names = ("x", "y", "z")
+    assert expert_sets(names, ["all"]) == [names]
+    assert expert_sets(names, ["pairs", "all"]) == [names, ("x", "y"), ("x", "z"), ("y", "z")]
+    assert expert_sets(names, ["subsets"]) == expert_sets(names, ["all", "pairs", "x+y"])
+    assert expert_sets(names, ["z+x", "y"]) == [("x", "z"), ("y",)]
+    for bad in ("w", "x+x", "x+"):
+        with pytest.raises(InputError, match="experts"):
+            expert_sets(names, [bad])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, base: Model, expert: Model, second_expert: Model) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    third = resolve(str(tiny_expert(base.path, folder / "third", seed=9, scale=0.05)))
+    gate = {"model": "conflict", "rules": [{"metric": "short", "at_least": {"model": "a", "times": 0.5}}]}
+    experts = {"a": expert, "b": second_expert, "c": third}
+    return write_pipeline(folder, base, experts, gate=gate)
+
+
+def test_combinations(pipeline):
+    plan = load_pipeline(pipeline)
+    made = variants(plan, parse_vary(["policy=random,top,ties,budget=0.1,0.5,density=0.5"]))
+    assert [v.name for v in made] == [
+        "top_budget-0.1",
+        "top_budget-0.5",
+        "ties_density-0.5",
+        "random_like-top_budget-0.1",
+        "random_like-top_budget-0.5",
+    ]
+    assert made[0].parameters == {"budget": 0.1}
+    assert made[3].like == "top_budget-0.1"
+    own = variants(plan, {"weight": [0.3, 0.7]})
+    assert {v.name for v in own if v.policy == "task-arithmetic"} == {"sum_weight-0.3", "sum_weight-0.7"}
+    assert [v.parameters for v in own if v.policy == "top"] == [{"budget": 0.5}], "what is not varied stays as it is"
+    assert "random" not in {v.policy for v in own}
+
+
+@pytest.mark.parametrize(
+    ("vary", "found"),
+    [
+        ("policy=best", "found best"),
+        ("policy=ties,budget=0.1", "none of them has"),
+        ("policy=random", "beside the control"),
+        ("policy=top", "needs a budget"),
+    ],
+)
+def test_combinations_that_cannot_be(pipeline, vary, found):
+    plan = load_pipeline(pipeline)
+    with pytest.raises(InputError, match=found):
+        subset(plan, tuple(plan.experts), parse_vary([vary]))
+
+
+@pytest.fixture(scope="module")
+def swept(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    recorder = Recorder()
+    sweep, _ = run_sweep(pipeline, parse_vary(["policy=task-arithmetic,conflict", "experts=all,a+b"]), out, progress=recorder)
+    return out, sweep, recorder
+
+
+def test_every_combination_is_there_and_ranked(swept):
+    out, sweep, _ = swept
+    names = [row.variant.name for row in sweep.ranking]
+    parts = ("task-arithmetic", "conflict")
+    assert sorted(names) == sorted(f"{experts}.{part}" for experts in ("a-b", "a-b-c") for part in parts)
+    assert [row.rank for row in sweep.ranking] == [1, 2, 3, 4]
+    evaluation = read_document(Evaluation, out / "evaluation.json")
+    assert list(evaluation.models)[:4] == ["base", "a", "b", "c"]
+    for row in sweep.ranking:
+        assert row.metrics["short"] == evaluation.metric(row.variant.name, "short").value
+        assert row.gate.rules[0].model == row.variant.name
+        assert (out / row.recipe).is_file()
+    order = [(len(row.gate.failed), sum(rule.short_by or 0 for rule in row.gate.failed)) for row in sweep.ranking]
+    assert order == sorted(order)
+    assert read_document(Sweep, out / "sweep.json") == sweep
+    assert sweep.split == "develop"
+
+
+def test_localization_is_made_once_for_each_expert(swept):
+    out, _, recorder = swept
+    done = [note for note in recorder.notes if "localize-" in note]
+    assert sorted(done) == sorted([*(f"▶ localize-{n}" for n in "ab"), *(f"✓ localize-{n} (unchanged)" for n in "ab")]), done
+    first, second = ((out / "sets" / label / "scores/a/loud.safetensors").read_bytes() for label in ("a+b", "a+b+c"))
+    assert first == second
+    assert sum("▶ effects" in note for note in recorder.notes) == 2, "effects depend on the sum"
+
+
+def test_a_second_sweep_answers_only_what_is_new(swept, pipeline):
+    out, sweep, _ = swept
+    recorder = Recorder()
+    vary = parse_vary(["policy=task-arithmetic,conflict", "experts=all,a+b"])
+    assert run_sweep(pipeline, vary, out, progress=recorder)[0] == sweep
+    assert not any(note.startswith("▶") for note in recorder.notes)
+    more = parse_vary(["policy=task-arithmetic,conflict,linear", "experts=all,a+b"])
+    recorder = Recorder()
+    wider, _ = run_sweep(pipeline, more, out, progress=recorder)
+    assert len(wider.ranking) == 6
+    asked = [label for label, _ in recorder.started if label.endswith(": short")]
+    assert len(asked) <= 2, "answers that are there are not made again"
+    assert all("linear" in label for label in asked)
+
+
+def test_command(pipeline, swept, tmp_path):
+    out, sweep, _ = swept
+    arguments = ["sweep", str(pipeline), "--vary", "policy=task-arithmetic,conflict", "--vary", "experts=all,a+b"]
+    done = CliRunner().invoke(cli, [*arguments, "--out", str(out), "--quiet", "--format", "json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ranking"][0]["variant"]["name"] == sweep.ranking[0].variant.name
+    table = CliRunner().invoke(cli, [*arguments, "--out", str(out), "--quiet"]).stdout
+    assert "a-b-c.task-arithmetic" in table
+    assert "develop split" in table
+    assert CliRunner().invoke(cli, [*arguments[:2], "--out", str(tmp_path)]).exit_code == 2
