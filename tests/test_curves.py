@@ -530,7 +530,8 @@ def test_the_command_shows_label_and_curves(base: Model, expert: Model, tmp_path
     write_text(tmp_path / "loud.yaml", json.dumps(behavior().model_dump(mode="json", by_alias=True, exclude={"builtin"})))
     arguments = [str(base.path), str(expert.path), "--behavior", str(tmp_path / "loud.yaml"), "--out", str(tmp_path / "out"),
                  "--anchor-layer", "2", "--verify", "1", "--prompts", "6", "--steering-prompts", "0", "--curve-seeds", "2",
-                 "--curve-pass-prompts", "0", "--curve-output-share", "0.05", "--invalid-anchor", "report", "--quiet"]  # fmt: skip
+                 "--curve-pass-prompts", "0", "--curve-output-share", "0.05", "--invalid-anchor", "report",
+                 "--quiet"]  # fmt: skip
     shown = CliRunner().invoke(command, [*arguments, "--format", "json"], catch_exceptions=False)
     (row,) = json.loads(shown.stdout)["anchors"]
     curves = read_scores(tmp_path / "out" / "loud.safetensors").metadata.curves
