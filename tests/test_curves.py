@@ -540,7 +540,7 @@ def test_the_command_shows_label_and_curves(base: Model, expert: Model, tmp_path
     assert (row["localization"], row["verdict"]) == (curves.label, curves.verdict)
     measured_at = [point.share for point in curves.curves[0].points if point.kl is not None]
     assert measured_at == [0.0, 0.05]
-    table = CliRunner().invoke(command, arguments, catch_exceptions=False).stdout
+    table = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments, catch_exceptions=False).stdout
     assert " ".join(table.split()).count("set curves of loud: ") == 1
     assert "R random" in table
     assert [line.split("│")[1].strip() for line in table.splitlines() if "%" in line and line.startswith("│")] == [
