@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from mechmerge.behaviors.schema import Verifier
 from mechmerge.behaviors.verifiers import IFEVAL, verify
 from mechmerge.errors import SchemaError
-from mechmerge.evaluate.ifeval import load
+from mechmerge.evaluate.ifeval import FILE_SHA256, load
 from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.evaluate.responses import evaluate_responses
 from mechmerge.evaluate.suites import load_suite
@@ -135,7 +136,7 @@ def test_bad_rows_name_their_line(change, found, tmp_path):
 
 
 def test_a_key_that_stands_twice(tmp_path):
-    with pytest.raises(SchemaError, match="stands twice"):
+    with pytest.raises(SchemaError, match="line 2: expected each key once; found 900, as in line 1"):
         load(written(tmp_path, [BOTH, BOTH]))
 
 
@@ -155,6 +156,12 @@ def test_the_published_answers_of_gpt_4(tmp_path, theirs):
     assert (suite.split, len(suite.prompts), sum(len(p.instructions) for p in suite.prompts)) == ("official", 541, 834)
     settings = EvaluateSettings(resamples=100)
     evaluation = evaluate_responses({"gpt-4": said}, suite, tmp_path / "evaluation.json", settings, loose_join=True)
+    # The Hub's file has one prompt worded as in these answers, and no last line break: its digest is the pinned one.
+    asked, said_there = b"also contain at least 3 placeholders (an", b"also contain at least one placeholder (an"
+    worded = data.read_bytes().rstrip(b"\n").replace(asked, said_there)
+    assert hashlib.sha256(worded).hexdigest() == FILE_SHA256
+    (tmp_path / "hub.jsonl").write_bytes(worded)
+    assert load(tmp_path / "hub.jsonl").split == "official"
     names = ("ifeval", "ifeval.instruction", "ifeval.loose", "ifeval.loose-instruction")
     counts = [round(m.value * m.n) for m in (evaluation.metric("gpt-4", name) for name in names)]
     assert counts == [417, 698, 431, 714]

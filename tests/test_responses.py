@@ -116,7 +116,7 @@ def test_commands(suite, tmp_path, capsys):
     out, common = tmp_path / "e.json", ["--suite", tmp_path / "own.yaml", "--quiet"]
     assert run("evaluate", "--responses", bad, "--responses", f"top={good}", *common, "--out", out, "--format", "csv") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "model,suite,metric,value,low,high,n,clusters"
+    assert lines[0].startswith("model,suite,metric,value,low,high,n,clusters,against,difference,")
     assert any(line.startswith("top,own,own,1.0,") for line in lines)
     evaluation = read_document(Evaluation, out)
     assert (list(evaluation.models), evaluation.against) == (["bad", "top"], ("bad",))

@@ -38,8 +38,9 @@ def test_many_single_prompt_clusters_agree_with_scipys_bootstrap():
     mine = paired(column(values), column(np.zeros(600)), resamples=20_000)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
     assert mine.value == pytest.approx(values.mean())
-    assert mine.low == pytest.approx(theirs.confidence_interval.low, abs=0.001)
-    assert mine.high == pytest.approx(theirs.confidence_interval.high, abs=0.001)
+    # Newcombe's score interval may lie a little further out, never further in.
+    assert theirs.confidence_interval.low - 0.005 < mine.low < theirs.confidence_interval.low + 0.001
+    assert theirs.confidence_interval.high - 0.001 < mine.high < theirs.confidence_interval.high + 0.005
 
 
 def test_independent_prompts_are_given_at_least_wilsons_interval():
@@ -139,7 +140,7 @@ def test_a_worst_group_where_all_fail_is_not_certain():
     clusters, groups = [str(i % 24) for i in range(48)], ["a"] * 24 + ["b"] * 24
     result = rate(passed, clusters, groups, over="min")
     assert (result.value, result.low) == (0.0, 0.0)
-    assert result.high == pytest.approx(0.1425, abs=1e-4)
+    assert result.high == pytest.approx(1 - 0.0125 ** (1 / 24)), "Bonferroni's: the worst is picked of two groups"
 
 
 def test_paired_differences_are_narrower_than_unpaired_ones():
@@ -151,7 +152,9 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
     assert difference.value == pytest.approx(better.mean() - base.mean())
     alone = rate(better.tolist(), clusters, one_group(100))
     assert difference.value > 0
-    assert difference.low >= 0
+    wilson = stats.binomtest(3, 100).proportion_ci(method="wilson")
+    assert difference.low > -0.02, "three wins and no loss: a percentile interval starts at 0 and accepts too often"
+    assert difference.high == pytest.approx(wilson.high, abs=0.01)
     assert difference.high - difference.low < (alone.high - alone.low) / 2
     same = paired_difference(base.tolist(), base.tolist(), clusters, one_group(100))
     assert same == (0, pytest.approx(-0.0362, abs=1e-4), pytest.approx(0.0362, abs=1e-4)), "0 of 100 says at most 3.6 %"

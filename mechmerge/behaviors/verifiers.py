@@ -59,6 +59,12 @@ OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",),
 LETTER = "keywords:letter_frequency"
 NEED_PUNKT = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
 """Checkers that split text with NLTK's sentence model, which no package ships."""
+_LISTS = frozenset({"forbidden_words", "keywords"})
+_COUNTS = frozenset({
+    "capital_frequency", "frequency", "let_frequency", "nth_paragraph", "num_bullets", "num_highlights", "num_paragraphs",
+    "num_placeholders", "num_sections", "num_sentences", "num_words",
+})  # fmt: skip
+"""Arguments of IFEval that are lists of words, and those that are numbers; all others are texts."""
 _NUMBER = re.compile(r"(?:(?<![\w.])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
@@ -85,7 +91,10 @@ def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: a missing or unknown argument, or one that the checker does not accept.
     """
-    _arguments(verifier, arguments)
+    merged = _arguments(verifier, arguments)
+    if verifier.name in IFEVAL:
+        with _seeded():
+            _checker(verifier.name, "", merged)
 
 
 def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str, Any], *, loose: bool = False) -> bool:
@@ -162,6 +171,10 @@ def _arguments(verifier: Verifier, own: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in keys if key not in given]
     if missing:
         raise InputError(f"verifier {verifier.name}", expected=f"the argument {missing[0]}", found="none, or an empty one")
+    for key in keys if verifier.name in IFEVAL else ():
+        wanted = _unfit(key, given[key])
+        if wanted:
+            raise InputError(f"verifier {verifier.name}", expected=f"{wanted} as {key}", found=repr(given[key]))
     if verifier.name == LETTER and len(str(given["letter"])) != 1:
         raise InputError(f"verifier {LETTER}", expected="one character as letter", found=repr(given["letter"]))
     if (
@@ -174,6 +187,16 @@ def _arguments(verifier: Verifier, own: Mapping[str, Any]) -> dict[str, Any]:
     if verifier.name == "number" and _decimal(given["answer"]) is None:
         raise InputError("verifier number", expected="a number as answer", found=repr(given["answer"]))
     return given
+
+
+def _unfit(key: str, value: Any) -> str | None:
+    """What an argument should be, where it is something else: lm-eval takes a text for its letters, a negative for random."""
+    if key in _LISTS:
+        fits = isinstance(value, list | tuple) and all(isinstance(word, str) and word for word in value)
+        return None if fits else "a list of words"
+    if key in _COUNTS:
+        return None if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else "a number above 0"
+    return None if isinstance(value, str) else "a text"
 
 
 def _decimal(value: Any) -> Decimal | None:

@@ -159,14 +159,16 @@ def print_evaluation(evaluation: Evaluation, output: str, chart: Path | None) ->
     if output == "json":
         click.echo(evaluation.model_dump_json(indent=1))
     elif output == "markdown":
-        click.echo("\n".join(part for part in (table.markdown_table(evaluation), table.markdown_pairs(evaluation)) if part))
+        parts = (table.markdown_table(evaluation), table.markdown_pairs(evaluation), table.markdown_breakdown(evaluation))
+        click.echo("\n".join(part for part in parts if part))
     elif output == "csv":
         click.echo(table.csv_table(evaluation), nl=False)
     else:
         console = wide_console()
         console.print(table.render_table(evaluation))
-        if evaluation.against:
+        if evaluation.pairs:
             console.print(table.render_pairs(evaluation))
+            console.print(table.render_breakdown(evaluation))
 
 
 def _resolved(models: tuple[str, ...], progress: Progress) -> dict[str, Model]:

@@ -23,7 +23,7 @@ def command(evaluation: Path, gate: Path, model: str | None, weights: Path | Non
 
     Exit code 0 when every rule passes, 3 when one fails or cannot be checked.
     """
-    from mechmerge.artifacts import read_document
+    from mechmerge.artifacts import read_document, sha256_file
     from mechmerge.errors import GateRefused, InputError
     from mechmerge.evaluate.gate import Gate, check_gate
     from mechmerge.evaluate.record import Evaluation
@@ -38,7 +38,10 @@ def command(evaluation: Path, gate: Path, model: str | None, weights: Path | Non
                 "--weights", expected="a judged model", found="none", fix="pass --model, or name it in the gate file"
             )
         bound = {name: resolve(str(weights)).id}
+        if not any((rule.model or name) == name for rule in rules.rules):
+            raise InputError("--weights", expected=f"a rule about {name}", found="none in the gate file")
     result = check_gate(read_document(Evaluation, evaluation), rules, model, weights=bound)
+    result = result.model_copy(update={"evaluation": sha256_file(evaluation)})
     if output == "json":
         click.echo(result.model_dump_json(indent=1))
     else:

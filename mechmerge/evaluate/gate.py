@@ -7,22 +7,24 @@
       - {metric: arithmetic, retained: {expert: arithmetic, base: base}, at_least: 0.8}   # share of the expert's gain
       - {metric: formats.min, at_least: 0.3}
 
-A metric or model that the evaluation does not hold refuses: what was not measured was not shown. So does an evaluation of other
-weights than those that are to be accepted (sha256 of the shards).
+With `use: low` the lower end of the 95 % interval must reach the bound; a bound relative to another model is then judged on the
+paired difference to it, since that model was only measured as well. A metric or model that the evaluation does not hold
+refuses: what was not measured was not shown. So does an evaluation of other weights than those to be accepted (by sha256).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document
 from mechmerge.errors import InputError
+from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.record import Evaluation
-from mechmerge.evaluate.statistics import Interval, paired, retained
+from mechmerge.evaluate.statistics import Interval, apart, interval, paired, retained
 from mechmerge.models.references import ModelId
 
 TOLERANCE = 1e-9
@@ -37,7 +39,7 @@ class Bound(Document):
     """The other model's metric (default: the rule's own)."""
     plus: float = 0.0
     """In points: 0.20 is twenty percentage points."""
-    times: float = 1.0
+    times: float = Field(default=1.0, ge=0)
 
 
 class Gain(Document):
@@ -107,8 +109,8 @@ class RuleResult(Document):
     n: int | None = None
     """Prompts or instructions that the figure rests on."""
     could_pass_at: int | None = None
-    """For a lower end that fell short: the n at which it would reach the bound if the value stayed; None where it never would,
-    since the value itself falls short."""
+    """For a lower end that fell short: about the n at which it would reach the bound if prompts like these were added; None
+    where it never would, since the value itself falls short."""
     problem: str | None = None
     """Why the rule could not be checked."""
 
@@ -121,7 +123,7 @@ class RuleResult(Document):
         if self.passed:
             return f"passed  {self.rule}: {numbers}"
         more = (
-            f"could pass at n = {self.could_pass_at} (now {self.n})" if self.could_pass_at else "at no n while the value stays"
+            f"could pass at n ≈ {self.could_pass_at} (now {self.n})" if self.could_pass_at else "at no n while the value stays"
         )
         return f"FAILED  {self.rule}: {numbers}, short by {self.short_by:.3f}; {more}"
 
@@ -132,6 +134,8 @@ class GateResult(Document):
     schema_version: Literal[2] = 2
     passed: bool
     rules: tuple[RuleResult, ...]
+    evaluation: str | None = None
+    """sha256 of the evaluation file, where it was read from one."""
     weights: dict[str, str] = Field(default_factory=dict)
     """By judged model, one sha256 over its shards, where the gate was bound to weights."""
 
@@ -172,15 +176,20 @@ def _check(evaluation: Evaluation, rule: Rule, model: str, weights: Mapping[str,
     words = _words(rule, model)
     try:
         _same_weights(evaluation, (model, *rule.others), weights)
-        n = evaluation.metric(model, rule.metric).n
+        metric = evaluation.metric(model, rule.metric)
         figure, bound = _figure(evaluation, rule, model)
     except InputError as error:
         return RuleResult(rule=words, model=model, metric=rule.metric, passed=False, problem=str(error))
     found = figure.low if rule.use == "low" else figure.value
     short = 0.0 if found >= bound - TOLERANCE else bound - found
+    needed = None
+    if short and rule.use == "low" and figure.value > bound:
+        now = len(set(evaluation.column(model, rule.metric).clusters))
+        clusters = _needed(lambda size: _figure(evaluation, rule, model, size)[0].low, figure, bound, now)
+        needed = math.ceil(metric.n * clusters / now)
     return RuleResult(
-        rule=words, model=model, metric=rule.metric, passed=short == 0.0, found=found, bound=bound, short_by=short, n=n,
-        could_pass_at=_needed(figure, bound, n) if short and rule.use == "low" else None,
+        rule=words, model=model, metric=rule.metric, passed=short == 0.0, found=found, bound=bound, short_by=short,
+        n=metric.n, could_pass_at=needed,
     )  # fmt: skip
 
 
@@ -201,54 +210,75 @@ def _same_weights(evaluation: Evaluation, models: tuple[str, ...], weights: Mapp
             )
 
 
-def _figure(evaluation: Evaluation, rule: Rule, model: str) -> tuple[Interval, float]:
-    """What is judged, with its interval, and the bound.
+def _figure(evaluation: Evaluation, rule: Rule, model: str, clusters: int | None = None) -> tuple[Interval, float]:
+    """What is judged, with its interval (as it would be with so many clusters, where they are given), and the bound.
 
     Raises:
         InputError: the evaluation does not hold it.
     """
-    options = {"seed": evaluation.settings.seed, "resamples": evaluation.settings.resamples}
-    if rule.difference_to is not None:
-        mine, theirs = (evaluation.column(name, rule.metric) for name in (model, rule.difference_to))
-        if mine.over == "min":
-            raise InputError(f"metric {rule.metric}", expected="one that is a mean, for a difference", found="the worst group")
-        return paired(mine, theirs, **options), float(rule.at_least)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "seed": evaluation.settings.seed,
+        "resamples": evaluation.settings.resamples,
+        "clusters": clusters,
+    }
+    bound, mine = rule.at_least, evaluation.column(model, rule.metric)
     if rule.retained is not None:
-        names = (model, rule.retained.base, rule.retained.expert)
-        kept, base, expert = (evaluation.column(name, rule.metric) for name in names)
-        share = retained(kept, base, expert, **options)
+        names = (rule.retained.base, rule.retained.expert)
+        base, expert = (evaluation.column(name, rule.metric) for name in names)
+        share = None if mine.over == "min" else retained(mine, base, expert, **options)
         if share is None:
             raise InputError(
-                f"gain of {names[2]} over {names[1]} in {rule.metric}",
-                expected="a gain whose 95 % interval lies above 0",
+                f"gain of {names[1]} over {names[0]} in {rule.metric}",
+                expected="a gain in a mean whose 95 % interval lies above 0",
                 found="none, so that no share of it is defined",
             )
-        return share, float(rule.at_least)  # type: ignore[arg-type]
-    metric = evaluation.metric(model, rule.metric)
-    bound = rule.at_least
+        return share, float(bound)  # type: ignore[arg-type]
+    if rule.difference_to is not None:
+        return _difference(mine, evaluation.column(rule.difference_to, rule.metric), 1.0, options), float(bound)  # type: ignore[arg-type]
     if isinstance(bound, Bound):
-        bound = bound.times * evaluation.metric(bound.model, bound.metric or rule.metric).value + bound.plus
-    return Interval(metric.value, metric.low, metric.high), bound
+        name = bound.metric or rule.metric
+        if rule.use == "low":
+            return _difference(mine, evaluation.column(bound.model, name), bound.times, options), bound.plus
+        bound = bound.times * evaluation.metric(bound.model, name).value + bound.plus
+    metric = evaluation.metric(model, rule.metric)
+    return interval(mine, **options) if clusters else Interval(metric.value, metric.low, metric.high), bound
 
 
-def _needed(figure: Interval, bound: float, n: int) -> int | None:
-    """The n at which the lower end would reach the bound if the value stayed: intervals shrink as 1/√n."""
-    if figure.value <= bound or not math.isfinite(figure.low):
-        return None
-    return math.ceil(n * ((figure.value - figure.low) / (figure.value - bound)) ** 2)
+def _difference(mine: Column, other: Column, times: float, options: dict[str, Any]) -> Interval:
+    same_units = (mine.clusters, mine.groups) == (other.clusters, other.groups)
+    if same_units and "min" not in (mine.over, other.over):
+        return paired(mine, other, times=times, **options)
+    return apart(interval(mine, **options), interval(other, **options), times)
+
+
+def _needed(low: Callable[[int], float], figure: Interval, bound: float, clusters: int) -> int:
+    """About how many clusters like these lift the lower end to the bound; the first guess is that intervals shrink as 1/√n."""
+    guess = math.ceil(clusters * ((figure.value - figure.low) / (figure.value - bound)) ** 2)
+    if guess > 1000 * clusters:
+        return guess
+    few, many = clusters, guess
+    while low(many) < bound - TOLERANCE:
+        few, many = many, 2 * many
+    while many - few > max(1, many // 100):
+        middle = (few + many) // 2
+        few, many = (few, middle) if low(middle) >= bound - TOLERANCE else (middle, many)
+    return many
 
 
 def _words(rule: Rule, model: str) -> str:
-    subject = f"{rule.metric} of {model}"
+    bound, low = rule.at_least, " (lower end)" if rule.use == "low" else ""
+    if rule.retained is not None:
+        return (
+            f"{rule.metric}: share of {rule.retained.expert}'s gain over {rule.retained.base} kept by {model}{low} ≥ {bound:g}"
+        )
     if rule.difference_to is not None:
-        subject = f"{rule.metric}: {model} − {rule.difference_to}"
-    elif rule.retained is not None:
-        subject = f"{rule.metric}: share of {rule.retained.expert}'s gain over {rule.retained.base} kept by {model}"
-    subject += " (lower end)" if rule.use == "low" else ""
-    bound = rule.at_least
+        return f"{rule.metric}: {model} − {rule.difference_to}{low} ≥ {bound:g}"
+    subject = f"{rule.metric} of {model}"
     if not isinstance(bound, Bound):
-        return f"{subject} ≥ {bound:g}"
-    other = f"{bound.model}" + (f"'s {bound.metric}" if bound.metric else "")
+        return f"{subject}{low} ≥ {bound:g}"
     times = f"{bound.times:g} × " if bound.times != 1 else ""
+    other = f"{times}{bound.model}" + (f"'s {bound.metric}" if bound.metric else "")
+    if low:
+        return f"{rule.metric}: {model} − {other}{low} ≥ {bound.plus:g}"
     plus = f" {'+' if bound.plus > 0 else '−'} {abs(bound.plus):g}" if bound.plus else ""
-    return f"{subject} ≥ {times}{other}{plus}"
+    return f"{subject} ≥ {other}{plus}"

@@ -1,8 +1,10 @@
 """IFEval's official prompts: 541 prompts, 834 instructions, 25 types (https://arxiv.org/abs/2311.07911).
 
 They come from the data set `google/IFEval` on the Hub at a pinned commit, or from a local JSON Lines file in its format
-(`key`, `prompt`, `instruction_id_list`, `kwargs`); the suite's split says whether they are the official ones. Four headline
-metrics: `ifeval` and `ifeval.instruction` (strict), `ifeval.loose` and `ifeval.loose-instruction`.
+(`key`, `prompt`, `instruction_id_list`, `kwargs`); the suite's split says whether they are the official ones. Key 2785 has two
+wordings: google-research's file asks for "at least 3 placeholders", as the checker does; the Hub's, and the published GPT-4
+answers, for "at least one placeholder". Four headline metrics: `ifeval` and `ifeval.instruction` (strict), `ifeval.loose` and
+`ifeval.loose-instruction`.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mechmerge.artifacts import digest, parse_document, parse_json, read_text
-from mechmerge.behaviors.verifiers import check_verifier
+from mechmerge.artifacts import digest, parse_document, parse_json, read_text, sha256_file
+from mechmerge.behaviors.verifiers import IFEVAL, check_arguments, check_verifier
 from mechmerge.errors import MechmergeError, MissingError, SchemaError
 from mechmerge.evaluate.suites import Suite, SuitePrompt
 
 DATASET, REVISION, FILE = "google/IFEval", "966cd89545d6b6acfd7638bc708b98261ca58e84", "ifeval_input_data.jsonl"
 """The data set's only data file, at the commit that its main branch has had since 2024."""
-ROWS = "a34017f5b34d4b7a67188fa688d9ae50"
-"""First half of the digest of the official rows, however their file spells them."""
+FILE_SHA256 = "6a85310ca8ce15eff755aa08a3a4ff931c7e273e7515ebb3c492ea85fd8288f2"
+OFFICIAL = ("0ac7afb93a0ff5de1a3ae0013578b2e7", "a34017f5b34d4b7a67188fa688d9ae50")
+"""First halves of the digests of the rows in either wording of key 2785, however a file spells them."""
 ANSWER_TOKENS = 1280
 """As in lm-eval's task `ifeval` (max_gen_toks)."""
 
@@ -38,12 +41,14 @@ def load(data: Path | None) -> Suite:
     rows = [converted(parse_json(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines]
     if not rows:
         raise SchemaError(str(path), expected="one prompt a line", found="none")
-    official = digest(rows)[:32] == ROWS
-    if data is None and not official:
-        raise SchemaError(f"{DATASET}@{REVISION[:12]}", expected="the official prompts", found="other rows")
+    first: dict[str, int] = {}
+    for (i, _), row in zip(lines, rows, strict=True):
+        if first.setdefault(row["id"], i) != i:
+            earlier = first[row["id"]]
+            raise SchemaError(f"{path}: line {i}", expected="each key once", found=f"{row['id']}, as in line {earlier}")
     value = {
         "name": "ifeval",
-        "split": "official" if official else "file",
+        "split": "official" if digest(rows)[:32] in OFFICIAL else "file",
         "answer_tokens": ANSWER_TOKENS,
         "readings": ("strict", "loose"),
         "breakdown": "instruction",
@@ -66,8 +71,8 @@ def converted(row: Any, where: str) -> dict[str, Any]:
             where, expected="an object with key, prompt, instruction_id_list and kwargs", found=type(row).__name__
         )
     names, arguments = row.get("instruction_id_list"), row.get("kwargs")
-    if row.get("key") is None:
-        raise SchemaError(where, expected="a key", found="none")
+    if not isinstance(row.get("key"), int | str) or isinstance(row["key"], bool) or row["key"] == "":
+        raise SchemaError(where, expected="a key (a number or a text)", found=repr(row.get("key")))
     if not isinstance(row.get("prompt"), str) or not row["prompt"]:
         raise SchemaError(where, expected="a prompt", found=repr(row.get("prompt")))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -85,9 +90,11 @@ def converted(row: Any, where: str) -> dict[str, Any]:
 
 
 def _check(prompt: SuitePrompt, where: str) -> None:
-    from mechmerge.behaviors.verifiers import check_arguments
-
     for instruction in prompt.instructions:
+        name = instruction.verifier.name
+        if name not in IFEVAL:  # a verifier of ours would make it another benchmark under IFEval's name
+            unknown = f"unknown name {name!r}"
+            raise SchemaError(f"{where} (key {prompt.id})", expected="an instruction id of IFEval", found=unknown)
         try:
             check_verifier(instruction.verifier)
             check_arguments(instruction.verifier, instruction.arguments)
@@ -101,7 +108,7 @@ def _download() -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(DATASET, FILE, repo_type="dataset", revision=REVISION))
+        path = Path(hf_hub_download(DATASET, FILE, repo_type="dataset", revision=REVISION))
     except Exception as error:
         raise MissingError(
             "suite ifeval",
@@ -109,3 +116,6 @@ def _download() -> Path:
             found=f"{type(error).__name__}",
             fix="check the network, or give its file with --data",
         ) from None
+    if sha256_file(path) != FILE_SHA256:
+        raise SchemaError(f"{DATASET}@{REVISION[:12]}", expected=f"a file of sha256 {FILE_SHA256[:12]}…", found="another one")
+    return path

@@ -17,7 +17,7 @@ from mechmerge.artifacts import digest
 from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.lm_tasks import Loaded, silent
-from mechmerge.evaluate.statistics import tables
+from mechmerge.evaluate.resampling import Layout
 
 HEADLINES = ("acc_norm", "acc", "exact_match", "pass_at_1")
 """Metrics that stand for a task, the first that it has; with several filters, the first."""
@@ -158,8 +158,7 @@ def _group_columns(outer: str, group: Any, results: Mapping[str, dict[str, Any]]
 
 def _check_value(name: str, column: Column, reported: float) -> None:
     """A column's mean over groups of the groups' means is what lm-eval reports."""
-    sums, counts = (table.sum(0) for table in tables(column))
-    value = float((sums / counts).mean())
+    value = Layout(column).mean(column.values)
     if not math.isclose(value, reported, rel_tol=1e-12, abs_tol=1e-12):
         raise InputError(
             f"lm_eval:{name}",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
-from mechmerge.evaluate.gate import Bound, Gate
+from mechmerge.evaluate.gate import Gate
 from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -180,8 +180,7 @@ class Pipeline(Document):
             if behavior.expert not in self.experts:
                 raise ValueError(f"behaviors {name}: expert {behavior.expert!r} is not among {', '.join(self.experts)}")
         for rule in self.gate.rules:
-            bound = rule.at_least.model if isinstance(rule.at_least, Bound) else None
-            for model in (rule.model, bound, self.gate.model):
+            for model in (rule.model, *rule.others, self.gate.model):
                 if model is not None and model not in taken:
                     raise ValueError(f"gate: model {model!r} is not the base, an expert or a recipe")
         if self.publish not in self.recipes:
