@@ -89,28 +89,29 @@ def same(ours: list[str], theirs: list[str]) -> float:
 @click.command()
 @click.option("--quick", is_flag=True)
 @click.option("--save", is_flag=True)
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts a batch, ours.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-def main(quick: bool, save: bool, threads: int, rounds: int) -> None:
+def main(quick: bool, save: bool, batch: int, threads: int, rounds: int) -> None:
     """Measure answers a second against lm-eval's hf backend."""
     set_threads(threads)
     model = resolve("demo:smollm2-135m-instruct")
     whole = load_suite("formats")
-    suite, batches, rounds = (limited(whole, 32), (16, 32), 1) if quick else (whole, BATCHES, rounds)
+    suite, batches, rounds = (limited(whole, 16), (8, 16), 1) if quick else (whole, BATCHES, rounds)
     few = limited(whole, 6 if quick else 48)
     Ours(model, limited(whole, 2), dtype="bfloat16")  # imports, and pages of the files
     theirs = Theirs(model, "bfloat16")
     theirs.answers(limited(whole, 2), 2)
-    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    seconds: dict[int, list[float]] = {size: [] for size in batches}
     mine: list[Ours] = []
     texts: list[str] = []
     for turn in range(rounds):
-        for batch in (None, *batches) if turn % 2 == 0 else (*batches[::-1], None):
-            if batch is None:
-                mine.append(Ours(model, suite, dtype="bfloat16"))
+        for size in (None, *batches) if turn % 2 == 0 else (*batches[::-1], None):
+            if size is None:
+                mine.append(Ours(model, suite, dtype="bfloat16", batch=batch))
             else:
-                taken, texts = theirs.answers(suite, batch)
-                seconds[batch].append(taken)
+                taken, texts = theirs.answers(suite, size)
+                seconds[size].append(taken)
     del theirs
     fp32 = Theirs(model, "float32").answers(few, 8)[1]
     best, fastest = min(mine, key=lambda ours: ours.generation), min(map(min, seconds.values()))
@@ -118,16 +119,17 @@ def main(quick: bool, save: bool, threads: int, rounds: int) -> None:
         "prompts": len(suite.prompts),
         "rounds": rounds,
         "threads": threads,
+        "our batch": batch,
         "our tokens a second": best.tokens / best.generation,
         "our prompts a second": len(suite.prompts) / best.generation,
-        **{f"lm-eval prompts a second, batch {b}": len(suite.prompts) / min(taken) for b, taken in seconds.items()},
+        **{f"lm-eval prompts a second, batch {size}": len(suite.prompts) / min(taken) for size, taken in seconds.items()},
         "throughput_ratio": fastest / best.generation,
         "throughput_ratio, slowest of ours": fastest / max(ours.generation for ours in mine),
         "overhead_share": max(ours.overhead for ours in mine),
         "same_answers_bf16_share": same(best.texts, texts),
         "prompts in fp32": len(few.prompts),
-        "same_answers_fp32_share": same(Ours(model, few, dtype="float32").texts, fp32),
-        "same_answers_exact_share": same(Ours(model, few, dtype="float32", exact=True).texts, fp32),
+        "same_answers_fp32_share": same(Ours(model, few, dtype="float32", batch=batch).texts, fp32),
+        "same_answers_exact_share": same(Ours(model, few, dtype="float32", batch=batch, exact=True).texts, fp32),
     }
     finish("evaluation_speed", figures, GOALS, save, quick)
 

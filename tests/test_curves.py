@@ -480,6 +480,8 @@ def test_other_curve_settings_keep_what_is_measured(
     """After an interruption, leaving the curves out must not measure the scores again."""
     from mechmerge.localize import stage
 
+    keep = stage.patch_layer
+
     def stops(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -488,6 +490,21 @@ def test_other_curve_settings_keep_what_is_measured(
         with pytest.raises(KeyboardInterrupt):
             localize(base, expert, [behavior()], tmp_path, SETTINGS)
     monkeypatch.setattr(stage, "patch_layer", stops)
+    settings = SETTINGS.model_copy(update={"curve_output_shares": (0.5,), "curve_pass_prompts": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveBench, "walk", stops)  # after the base's point
+        with pytest.raises(KeyboardInterrupt):
+            localize(base, expert, [behavior()], tmp_path, settings)
+    (path,) = localize(base, expert, [behavior()], tmp_path, settings)
+    curves = read_scores(path).metadata.curves
+    assert curves is not None
+    assert [point.share for point in curves.curves[0].points if point.kl is not None] == [0.0, 0.5]
+    assert curves.base_pass_rate in (0.0, 0.5, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "patch_layer", keep)
+        patch.setattr(CurveBench, "_ask", stops)
+        with pytest.raises(KeyboardInterrupt):
+            localize(base, expert, [behavior()], tmp_path, SETTINGS)
     (path,) = localize(base, expert, [behavior()], tmp_path, SETTINGS.model_copy(update={"curves": False}))
     assert read_scores(path).metadata.curves is None
 
@@ -530,8 +547,8 @@ def test_the_command_shows_label_and_curves(base: Model, expert: Model, tmp_path
     write_text(tmp_path / "loud.yaml", json.dumps(behavior().model_dump(mode="json", by_alias=True, exclude={"builtin"})))
     arguments = [str(base.path), str(expert.path), "--behavior", str(tmp_path / "loud.yaml"), "--out", str(tmp_path / "out"),
                  "--anchor-layer", "2", "--verify", "1", "--prompts", "6", "--steering-prompts", "0", "--curve-seeds", "2",
-                 "--curve-pass-prompts", "0", "--curve-output-share", "0.05", "--invalid-anchor", "report",
-                 "--quiet"]  # fmt: skip
+                 "--curve-pass-prompts", "0", "--curve-output-share", "0.05",
+                 "--invalid-anchor", "report", "--quiet"]  # fmt: skip
     shown = CliRunner().invoke(command, [*arguments, "--format", "json"], catch_exceptions=False)
     (row,) = json.loads(shown.stdout)["anchors"]
     curves = read_scores(tmp_path / "out" / "loud.safetensors").metadata.curves
@@ -540,9 +557,9 @@ def test_the_command_shows_label_and_curves(base: Model, expert: Model, tmp_path
     assert (row["localization"], row["verdict"]) == (curves.label, curves.verdict)
     measured_at = [point.share for point in curves.curves[0].points if point.kl is not None]
     assert measured_at == [0.0, 0.05]
-    table = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments, catch_exceptions=False).stdout
+    table = CliRunner().invoke(command, arguments, catch_exceptions=False).stdout
     assert " ".join(table.split()).count("set curves of loud: ") == 1
-    assert "R random" in table
+    assert "largest" in table
     assert [line.split("│")[1].strip() for line in table.splitlines() if "%" in line and line.startswith("│")] == [
         "0 %", *(f"{100 * share:g} %" for share in SHARES)]  # fmt: skip
     plain = CliRunner().invoke(command, [*arguments, "--no-curves"], catch_exceptions=False).stdout

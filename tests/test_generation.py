@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 
 from mechmerge.behaviors.chat import chat_template_of, render, template_digest
 from mechmerge.behaviors.generation import MARGIN, Decoder, batches, end_tokens, generate, prompt_tokens
+from mechmerge.behaviors.prompts import format_prompts
 from mechmerge.errors import InputError
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.packed import load_packed
+from mechmerge.models.references import resolve
+from tests.conftest import REAL_CACHE
 from tests.tiny import CHAT_TEMPLATE, tiny_model
 
 PROMPTS = [
@@ -219,6 +223,21 @@ def test_the_batch_does_not_matter_when_exact(base, seed):
     ]
     assert others == [one] * 3
     assert len({answer.ids for answer in one}) > 4
+
+
+@pytest.mark.slow
+def test_the_batch_does_not_matter_for_the_real_model_when_exact(monkeypatch):
+    """SmolLM2 with packed layers, prompts of the formats suite."""
+    monkeypatch.setenv("MECHMERGE_CACHE", REAL_CACHE or str(Path.home() / ".cache" / "mechmerge"))
+    folder = resolve("demo:smollm2-135m-instruct").path
+    model, tokenizer = load_packed(folder), load_tokenizer(folder)
+    texts = rendered(tokenizer, [prompt.text for prompt in format_prompts("sections", "develop")[:12]])
+    one, *others = [
+        generate(model, tokenizer, texts, max_new_tokens=24, batch=batch, exact=True, share_prefix=share)
+        for batch, share in ((1, False), (3, True), (7, True), (24, False))
+    ]
+    assert others == [one] * 3
+    assert sum(answer.tokens for answer in one) > 100
 
 
 def tied_in_pairs(noise):

@@ -159,19 +159,24 @@ class CurveBench:
             reach: puts the set into the bench; called only when something is missing.
         """
 
-        def measure() -> dict[str, Array]:
+        def state() -> dict[str, Array]:
             reach()
-            return {"state": self.state()} | ({"kl": self.divergence()} if kl else {})
+            return {"state": self.state()}
+
+        def divergence() -> dict[str, Array]:
+            reach()
+            return {"kl": self.divergence()}
 
         def answer() -> list[bool]:
             reach()
             return self.verdicts()
 
-        arrays = self.units.arrays(f"{self.key}-{name}", measure)
-        passed: list[bool] = []
-        if answers and self.answered.pairs:
-            passed = self.units.json(f"{self.key}-{name}-answers-{len(self.answered.pairs)}", answer)
-        return Point(arrays["state"], arrays.get("kl"), passed)
+        name = f"{self.key}-{name}"
+        states = self.units.arrays(name, state)["state"]
+        found = self.units.arrays(f"{name}-kl", divergence)["kl"] if kl else None
+        answered = len(self.answered.pairs) if answers else 0
+        passed = self.units.json(f"{name}-answers-{answered}", answer) if answered else []
+        return Point(states, found, passed)
 
     def walk(self, name: str, sets: Sets, wanted: Sequence[tuple[bool, bool]], done: Callable[[], None]) -> list[Point]:
         """Measures an order's points 1, 2, …, each set on top of the one before.
@@ -183,6 +188,7 @@ class CurveBench:
             done: called after each.
         """
         reached = 0
+        _ = self.expert  # made while no set is in: it takes the whole bench
         with contextlib.ExitStack() as stack:
 
             def reach(point: int) -> None:
