@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from mechmerge.localize.curve_record import CurvePoint, SetCurve, SetCurves
+from mechmerge.localize.curve_record import CurvePoint, Lift, SetCurve, SetCurves
 
 
-def set_curves(*, above: bool) -> SetCurves:
-    """Curves of three points: the score order, two random ones and the magnitude order."""
+def set_curves(*, above: bool, kl_low: float | None = None) -> SetCurves:
+    """Curves of three points: the score order, two random ones and the magnitude order.
+
+    Args:
+        above: whether the state is above both controls.
+        kl_low: lower end of the KL lift over the largest deltas (None: KL was not compared).
+    """
 
     def order(name: Any, seed: int | None, middle: float) -> SetCurve:
         values = {0.0: 0.0, 0.5: middle, 1.0: 1.0}
@@ -27,8 +32,8 @@ def set_curves(*, above: bool) -> SetCurves:
         magnitude_lift=0.06,
         magnitude_lift_low=0.01,
         magnitude_lift_high=0.12,
-        kl_lift=None,
-        magnitude_kl_lift=None,
+        kl_lift=None if kl_low is None else Lift(value=0.2, low=0.1, high=0.3),
+        magnitude_kl_lift=None if kl_low is None else Lift(value=kl_low + 0.1, low=kl_low, high=kl_low + 0.2),
         above_controls=above,
         prompts=24,
         topics=12,

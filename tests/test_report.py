@@ -232,6 +232,25 @@ def test_curves_are_drawn_and_what_is_not_above_its_controls_is_said_everywhere(
     assert facts["caveat"].startswith("not above its controls (lift 0.190")
 
 
+def test_a_state_that_is_above_its_controls_while_the_output_is_not_is_said_everywhere(run: Path) -> None:
+    label = "above its controls on the anchor's state only"
+    fine, half = set_curves(above=True, kl_low=0.05), set_curves(above=True, kl_low=-0.05)
+    score_file("capitals", seed=1, curves=fine).write(run / "scores" / "formats" / "capitals.safetensors")
+    path = run / "scores" / "arithmetic" / "arithmetic.safetensors"
+    score_file("arithmetic", "arithmetic", seed=9, curves=half).write(path)
+    assert (fine.doubt, half.doubt) == (None, label)
+    text = report(run)
+    table = text.split("### Set curves")[1].split("![")[0]
+    assert f"| arithmetic | **{label}** |" in table
+    assert "| capitals | yes |" in table
+    assert "+0.050 \\[−0.050, +0.150]" in table
+    (image,) = [line for line in text.splitlines() if "(figures/curves.png)" in line]
+    assert f"⚠ arithmetic ({label})" in image
+    assert text.split("### arithmetic")[1].count(label) >= 3, "the warning and both figures"
+    facts = {row["field"]: row["value"] for row in inspect_file(path).tables["scores"]}
+    assert facts["caveat"].startswith(label)
+
+
 def test_a_report_without_curves_has_no_section_on_them(run: Path) -> None:
     assert "Set curves" not in report(run)
     with pytest.raises(InputError, match="at least one score file with curves"):

@@ -122,6 +122,11 @@ class SetCurves(Document):
         return "above its controls on the anchor's state ONLY" if self.output_behind else "above its controls"
 
     @property
+    def doubt(self) -> str | None:
+        """The label where it is not good news, as captions write it; None where the output is above its controls as well."""
+        return self.label.lower() if self.output_behind or not self.above_controls else None
+
+    @property
     def verdict(self) -> str:
         """The label with its figures, in one line: what stands wherever the localization is shown."""
         gap = "" if self.scale == "recovery" else " (no gap between expert and base to recover)"

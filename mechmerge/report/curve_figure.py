@@ -15,7 +15,7 @@ import numpy as np
 from mechmerge.errors import InputError
 from mechmerge.localize.curve_record import SetCurve, SetCurves
 from mechmerge.localize.scores import ScoreFile
-from mechmerge.report.style import NOT_ABOVE, Array, figure, signed, wrapped
+from mechmerge.report.style import Array, figure, signed, wrapped
 from mechmerge.report.tables import marked
 
 PANELS = (("recovery", "recovery of the state"), ("kl", "KL to the expert\n(nats per token)"), ("pass_rate", "pass rate"))
@@ -74,9 +74,8 @@ def curve_map(scores: Mapping[str, ScoreFile], path: Path) -> None:
         raise InputError("set curves", expected="at least one score file with curves", found="none")
     panels = [(field, name) for field, name in PANELS if any(lines_of(curves, field) for curves in measured.values())]
     title = "Set curves: the base with a growing share of the expert's components moved in"
-    weak = [label for label, curves in measured.items() if not curves.above_controls]
-    if weak:
-        title += f"\n⚠ {NOT_ABOVE}: {', '.join(weak)}"
+    for doubt in dict.fromkeys(curves.doubt for curves in measured.values() if curves.doubt):
+        title += f"\n⚠ {doubt}: {', '.join(label for label, curves in measured.items() if curves.doubt == doubt)}"
     height = 0.5 + 1.65 * len(measured)
     with figure(path, title, len(measured), height, len(panels), sharex=True) as (drawn, axes):
         for row, (label, curves) in enumerate(measured.items()):

@@ -18,7 +18,6 @@ from mechmerge.models.components import LEAF_KINDS
 from mechmerge.report.style import (
     GREY,
     MEASURES,
-    NOT_ABOVE,
     Array,
     colour_bar,
     doubts,
@@ -90,7 +89,8 @@ def module_map(scores: Mapping[str, ScoreFile], path: Path) -> None:
     experts = ", ".join(dict.fromkeys(short_name(s.metadata.expert) for s in scores.values()))
     anchors = ", ".join(f"{b} {s.metadata.anchor.layer}" for b, s in scores.items())
     title = f"Modules: weight patching · experts: {experts}\nanchor after layer: {anchors}"
-    weak = {doubt: [b for b, s in scores.items() if doubt in doubts(s.metadata)] for doubt in ("not a recovery", NOT_ABOVE)}
+    said = dict.fromkeys(doubt for s in scores.values() for doubt in doubts(s.metadata))
+    weak = {doubt: [b for b, s in scores.items() if doubt in doubts(s.metadata)] for doubt in said}
     title += "".join(f"\n⚠ {doubt}: {', '.join(names)}" for doubt, names in weak.items() if names)
     heights = [0.6 + max(0.27 * n, 0.9) for n in rows]
     with figure(path, title, len(panels), sum(heights), height_ratios=heights) as (drawn, axes):

@@ -17,7 +17,7 @@ from mechmerge.report.files import RunFiles
 from mechmerge.report.loading import Measurements
 from mechmerge.report.markup import badge, bullets, chart, code, details, escaped, paragraph, section, table, text
 from mechmerge.report.recipes import KeptOf, depth_kept_rows, predicted_rows, recipe_rows, unit_sizes
-from mechmerge.report.style import NOT_ABOVE, caveat, doubts, short_name
+from mechmerge.report.style import caveat, doubts, short_name
 from mechmerge.report.tables import Rows
 
 TITLES = {
@@ -168,7 +168,7 @@ def behaviors(run: Measurements, kept: Mapping[str, KeptOf]) -> str:
 def _behavior(number: int, label: str, file: ScoreFile, kept: Mapping[str, KeptOf], *, opened: bool) -> str:
     meta = file.metadata
     labels = [badge(f"⚠ {doubt}", "bad") for doubt in doubts(meta)]
-    if meta.curves is not None and meta.curves.above_controls:
+    if meta.curves is not None and meta.curves.doubt is None:
         labels.append(badge("above its controls", "good"))
     head = f"<strong>{escaped(label)}</strong> <span>expert {escaped(short_name(meta.expert))}</span> {' '.join(labels)}"
     patched = ", ".join(f"{count} {kind}" for kind, count in meta.verified.items() if count)
@@ -180,7 +180,7 @@ def _behavior(number: int, label: str, file: ScoreFile, kept: Mapping[str, KeptO
         )
     ]
     if meta.curves is not None:
-        weak = "" if meta.curves.above_controls else f": {NOT_ABOVE}"
+        weak = f": {meta.curves.doubt}" if meta.curves.doubt else ""
         parts += [f"<h4>Set curves{weak}</h4>", paragraph(meta.curves.verdict, "note"), chart("curves", score=number)]
     for kinds, what in ((UNIT_KINDS, "heads, KV groups and neurons"), (("attention", "mlp"), "modules")):
         ranked = tables.top_components(file, kinds, TOP)

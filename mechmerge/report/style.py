@@ -31,8 +31,6 @@ MEASURES = {
     "activation": "activation patching",
 }
 """What each measure of a score file is called in titles."""
-NOT_ABOVE = "not above its controls"
-"""Label of a localization whose set curves are no better than random sets or the largest deltas."""
 
 
 def short_name(model: ModelId) -> str:
@@ -52,8 +50,8 @@ def doubts(metadata: ScoreMetadata) -> tuple[str, ...]:
     found = []
     if not metadata.anchor.valid or metadata.scale != "recovery":
         found.append("not a recovery")
-    if metadata.curves is not None and not metadata.curves.above_controls:
-        found.append(NOT_ABOVE)
+    if metadata.curves is not None and metadata.curves.doubt:
+        found.append(metadata.curves.doubt)
     return tuple(found)
 
 
@@ -65,8 +63,8 @@ def caveat(metadata: ScoreMetadata) -> str:
     if metadata.scale != "recovery":
         said.append("raw differences")
     parts = [f"{', '.join(said)}: not a recovery"] if said else []
-    if metadata.curves is not None and not metadata.curves.above_controls:
-        parts.append(f"{NOT_ABOVE} ({metadata.curves.verdict.partition(': ')[2]})")
+    if metadata.curves is not None and metadata.curves.doubt:
+        parts.append(f"{metadata.curves.doubt} ({metadata.curves.verdict.partition(': ')[2]})")
     return "; ".join(parts)
 
 

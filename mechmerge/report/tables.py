@@ -12,7 +12,7 @@ import numpy as np
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import Component
 from mechmerge.models.references import ModelId
-from mechmerge.report.style import NOT_ABOVE, Array, doubts, signed, small
+from mechmerge.report.style import Array, doubts, signed, small
 
 Rows = tuple[list[str], list[tuple[object, ...]]]
 """A header and rows as long as it."""
@@ -108,16 +108,21 @@ def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
         rows.append(
             (
                 label,
-                "yes" if curves.above_controls else f"**{NOT_ABOVE}**",
+                f"**{curves.doubt}**" if curves.doubt else "yes",
                 _interval(curves.lift, curves.lift_low, curves.lift_high),
                 _interval(curves.magnitude_lift, curves.magnitude_lift_low, curves.magnitude_lift_high),
                 unit,
+                *(
+                    "–" if lift is None else _interval(lift.value, lift.low, lift.high)
+                    for lift in (curves.kl_lift, curves.magnitude_kl_lift)
+                ),
                 f"{curves.prompts} ({curves.topics} topics), {seen}",
                 "–" if curves.base_kl is None else f"{curves.base_kl:.3f}",
                 "–" if None in passes else " → ".join(f"{rate:.2f}" for rate in passes),
             )
         )
-    header = ["behaviour", "above its controls", "lift over random [95 %]", "lift over magnitude [95 %]", "units", "prompts"]
+    header = ["behaviour", "above its controls", "lift over random [95 %]", "lift over magnitude [95 %]", "units"]
+    header += ["KL below random [95 %]", "KL below magnitude [95 %]", "prompts"]
     return [*header, "KL, expert to base", "pass rate, base → expert"], rows
 
 
