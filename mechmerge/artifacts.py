@@ -259,7 +259,7 @@ def read_arrays(path: Path, kind: type[D]) -> tuple[dict[str, Any], D]:
             text = (handle.metadata() or {}).get(METADATA_KEY)
             if text is None:
                 raise SchemaError(str(path), expected=f"a {kind.__name__} written by mechmerge", found="no such metadata")
-            return {name: handle.get_tensor(name) for name in handle.keys()}, parse_document(  # noqa: SIM118
+            return {name: handle.get_tensor(name) for name in handle.keys()}, parse_document(  # noqa: SIM118 - it is no mapping
                 kind, parse_json(text, str(path)), str(path)
             )
     except FileNotFoundError:

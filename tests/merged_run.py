@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, PairTest, SuiteRecord, SuiteResult
+from mechmerge.evaluate.record import EvaluateSettings, Evaluation, ModelResult, PairTest, SuiteResult
 from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.merge.engine import merge
@@ -19,7 +19,7 @@ from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.schema import write_recipe
 from mechmerge.recipe.sources import read_sources
 from tests import measured
-from tests.samples import plain_units
+from tests.samples import plain_result, plain_suite
 
 GATE = {"model": "conflict", "rules": [{"metric": "formats", "at_least": {"model": "base", "plus": 0.1}}]}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -61,27 +61,8 @@ def evaluation(models: Mapping[str, ModelId], **values: float) -> Evaluation:
     """An evaluation in which the base passes 30 of 120 formats and the others 60, unless `values` say otherwise."""
 
     def result(name: str) -> SuiteResult:
-        value = values.get(name, 0.25 if name == "base" else 0.5)
-        metric = Metric(value=value, n=120, clusters=20, low=max(value - 0.1, 0), high=min(value + 0.1, 1))
-        return SuiteResult(
-            metrics={"formats": metric},
-            outcomes={"formats": "01" * 60},
-            errors=0,
-            tokens=9,
-            unfinished=0,
-            template="none",
-            answers="0",
-        )
+        return plain_result(values.get(name, 0.25 if name == "base" else 0.5))
 
-    suite = SuiteRecord(
-        digest="0",
-        split="test",
-        prompts=120,
-        answer_tokens=8,
-        chat_template="model",
-        groups=("title",),
-        units={"formats": plain_units(120, 20)},
-    )
     others = [name for name in models if name != "conflict"]
     pairs = tuple(
         PairTest(
@@ -91,7 +72,7 @@ def evaluation(models: Mapping[str, ModelId], **values: float) -> Evaluation:
         for name in others
     )  # fmt: skip
     return Evaluation(
-        suites={"formats": suite},
+        suites={"formats": plain_suite()},
         models={name: ModelResult(id=model, suites={"formats": result(name)}) for name, model in models.items()},
         against=tuple(others),
         pairs=pairs,

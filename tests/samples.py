@@ -128,19 +128,9 @@ def plain_units(n: int, clusters: int) -> Units:
     return Units(cluster=tuple(i % clusters for i in range(n)), groups=("all",), group=(0,) * n, headline=True)
 
 
-def evaluation(*models: str) -> Evaluation:
-    """An evaluation in which every model passes 60 of 120 formats."""
-    metric = Metric(value=0.5, n=120, clusters=20, low=0.41, high=0.59)
-    result = SuiteResult(
-        metrics={"formats": metric},
-        outcomes={"formats": "01" * 60},
-        errors=0,
-        tokens=9,
-        unfinished=0,
-        template="none",
-        answers="0",
-    )
-    suite = SuiteRecord(
+def plain_suite() -> SuiteRecord:
+    """120 prompts on formats in 20 topics."""
+    return SuiteRecord(
         digest="0",
         split="test",
         prompts=120,
@@ -149,9 +139,28 @@ def evaluation(*models: str) -> Evaluation:
         groups=("title",),
         units={"formats": plain_units(120, 20)},
     )
+
+
+def plain_result(value: float = 0.5) -> SuiteResult:
+    """What a model did that passes such a share of them."""
+    passed = round(120 * value)
+    metric = Metric(value=value, n=120, clusters=20, low=max(value - 0.09, 0), high=min(value + 0.09, 1))
+    return SuiteResult(
+        metrics={"formats": metric},
+        outcomes={"formats": "1" * passed + "0" * (120 - passed)},
+        errors=0,
+        tokens=9,
+        unfinished=0,
+        template="none",
+        answers="0",
+    )
+
+
+def evaluation(*models: str) -> Evaluation:
+    """An evaluation in which every model passes 60 of 120 formats."""
     return Evaluation(
-        suites={"formats": suite},
-        models={name: ModelResult(id=EXPERTS.get(name, BASE), suites={"formats": result}) for name in models},
+        suites={"formats": plain_suite()},
+        models={name: ModelResult(id=EXPERTS.get(name, BASE), suites={"formats": plain_result()}) for name in models},
         against=(),
         pairs=(),
         settings=EvaluateSettings(),

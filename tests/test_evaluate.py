@@ -14,7 +14,7 @@ import pytest
 from mechmerge.artifacts import read_document
 from mechmerge.cli.evaluate import parse_models, plain_name
 from mechmerge.cli.main import main
-from mechmerge.errors import InputError, MissingError
+from mechmerge.errors import InputError, MissingError, SchemaError
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation
 from mechmerge.evaluate.run import evaluate
 from mechmerge.evaluate.suites import Suite, SuitePrompt, load_suite
@@ -119,6 +119,15 @@ def test_the_file_gives_back_the_evaluation_in_its_order(done, trio):
     assert list(read.models) == list(trio)
     assert headlines(read) == ["zoo", "zoo.min", "ark", "zoo@unseen"]
     assert markdown_table(read) == markdown_table(evaluation)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"merge": {', '"a|b": {'), ('"zoo.plain": {', '"zoo.<b>": {')])
+def test_names_that_would_break_out_of_tables_are_refused(old, new, done, tmp_path):
+    text = (done[1] / "evaluation.json").read_text()
+    assert old in text
+    (tmp_path / "evaluation.json").write_text(text.replace(old, new))
+    with pytest.raises(SchemaError, match="expected"):
+        read_document(Evaluation, tmp_path / "evaluation.json")
 
 
 def test_pairs(done):

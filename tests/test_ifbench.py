@@ -237,5 +237,5 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 def test_package_that_is_not_there() -> None:
     assert _python(ABSENT) == (
-        "IFBench verifiers: expected if-verifiable; found no such package; pip install 'mechmerge[ifbench]'\n"
+        "IFBench verifiers: expected if-verifiable; found no package if_verifiable; pip install 'mechmerge[ifbench]'\n"
     )

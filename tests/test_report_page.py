@@ -116,9 +116,9 @@ def hostile_run(run: Path) -> Path:
         run / "scores" / "x" / "b.safetensors"
     )
     record = judged("base", "formats", "conflict")
-    models = {HOSTILE if name == "formats" else name: result for name, result in record.models.items()}
-    tests = tuple(test.model_copy(update={"against": HOSTILE}) for test in record.pairs if test.against == "formats")
-    record.model_copy(update={"models": models, "against": ("base", HOSTILE), "pairs": tests}).write(run / "evaluation.json")
+    models = {name: result.model_copy(update={"id": bad}) for name, result in record.models.items()}
+    known = tuple(test for test in record.pairs if test.against in models)
+    record.model_copy(update={"models": models, "pairs": known}).write(run / "evaluation.json")
     plain = json.dumps({"title": HOSTILE, "notes": HOSTILE, "publish": "conflict", "license": HOSTILE})
     (run / "run.yaml").write_text(f"pipeline: {plain}\n")
     (run / "gate.json").write_text(

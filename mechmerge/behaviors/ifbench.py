@@ -10,16 +10,13 @@ seeded. Three of NLTK's data sets are needed by few of them; `DATA` says which.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import random
-import sys
-import types
 from collections.abc import Mapping
 from typing import Any
 
+from mechmerge.behaviors.checkers import checker_classes
 from mechmerge.behaviors.punkt import ensure_punkt
-from mechmerge.behaviors.verifiers import _readings
+from mechmerge.behaviors.verifiers import readings_of
 from mechmerge.errors import InputError, MissingError
 
 PACKAGE = "if_verifiable"
@@ -73,7 +70,7 @@ def judge(name: str, arguments: Mapping[str, Any], prompt: str, answer: str, *, 
     try:
         random.seed(0)
         checker = _checker(name, arguments, prompt)
-        for text in _readings(answer, loose):
+        for text in readings_of(answer, loose):
             random.seed(0)
             if text.strip() and checker.check_following(text):
                 return True
@@ -126,34 +123,11 @@ def _ensure_data(name: str) -> None:
 
 @functools.cache
 def _registry() -> dict[str, Any]:
-    """Constraint → checker class, imported without the package's own entry (which loads datasets) and without network.
-
-    While the checkers are imported an empty package stands for their parent, and NLTK neither looks for data nor fetches it.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise MissingError(
-            "IFBench verifiers", expected="if-verifiable", found="no such package", fix="pip install 'mechmerge[ifbench]'"
-        )
-    import nltk
-
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == PACKAGE}
-    find, download = nltk.data.find, nltk.download
-    nltk.data.find = nltk.download = lambda *_, **__: True
-    try:
-        for name in before:
-            del sys.modules[name]
-        stub = types.ModuleType(PACKAGE)
-        stub.__path__ = list(spec.submodule_search_locations)
-        sys.modules[PACKAGE] = stub
-        registry = importlib.import_module(f"{PACKAGE}.ifbench.instructions_registry")
-    except ImportError as error:
-        raise MissingError(
-            "IFBench verifiers", expected="if-verifiable", found=str(error), fix="pip install 'mechmerge[ifbench]'"
-        ) from None
-    finally:
-        nltk.data.find, nltk.download = find, download
-        for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
-            del sys.modules[name]
-        sys.modules.update(before)
-    return dict(registry.INSTRUCTION_DICT)
+    """Constraint → checker class; the package's own entry would load datasets."""
+    return checker_classes(
+        PACKAGE,
+        f"{PACKAGE}.ifbench.instructions_registry",
+        "IFBench verifiers",
+        package="if-verifiable",
+        fix="pip install 'mechmerge[ifbench]'",
+    )

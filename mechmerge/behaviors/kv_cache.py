@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """A `DynamicLayer` whose keys and values are views of a buffer with room for `room` slots a row."""
 
     def __init__(self, room: int) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from mechmerge.artifacts import atomic_folder, lock
 from mechmerge.errors import MissingError
@@ -55,9 +56,9 @@ def _ensured(home: Path) -> None:
         raise MissingError("NLTK's punkt_tab", expected="data that NLTK reads", found=str(folder), fix="remove that folder")
 
 
-def _found(nltk: object) -> bool:
+def _found(nltk: Any) -> bool:
     try:
-        nltk.data.find("tokenizers/punkt_tab/english/")  # type: ignore[attr-defined]
+        nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:
         return False
     return True

@@ -3,7 +3,7 @@
 IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdicts of its
 `test_instruction_following_strict` and `…_loose`. What is changed,
 so that a verdict depends on the answer alone and no network is needed:
-- importing them reaches for no network and imports neither torch nor datasets (`_registry`);
+- importing them reaches for no network and imports neither torch nor datasets (checkers.py);
 - language detection and the checkers' random defaults are seeded, and a missing argument is an error, not a random one;
 - `keywords:letter_frequency` counts the character that was asked for, letter or not (lm-eval draws a random letter instead).
 """
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import random
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from mechmerge.behaviors.checkers import checker_classes
 from mechmerge.behaviors.punkt import ensure_punkt
 from mechmerge.behaviors.schema import Verifier
-from mechmerge.errors import InputError, MissingError
+from mechmerge.errors import InputError
 
 IFEVAL: dict[str, tuple[str, ...]] = {
     # instruction id: the arguments that it needs
@@ -115,10 +113,10 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
     if verifier.name in NEED_PUNKT:
         ensure_punkt()
     if verifier.name in OWN:
-        return any(_long_enough(verifier, text) and _own(verifier.name, text, merged) for text in _readings(answer, loose))
+        return any(_long_enough(verifier, text) and _own(verifier.name, text, merged) for text in readings_of(answer, loose))
     with _seeded() as reseed:
         checker = _checker(verifier.name, prompt, merged)
-        for text in _readings(answer, loose):
+        for text in readings_of(answer, loose):
             # Every text is judged as if it were the first: a verdict depends on nothing that was judged before.
             reseed()
             if _long_enough(verifier, text) and checker.check_following(text):
@@ -126,7 +124,7 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
     return False
 
 
-def _readings(answer: str, loose: bool) -> list[str]:
+def readings_of(answer: str, loose: bool) -> list[str]:
     """The texts of which one must pass, each once: the answer, or IFEval's eight loose ones in lm-eval's order."""
     if not loose:
         return [answer]
@@ -226,46 +224,17 @@ def _checker(name: str, prompt: str, arguments: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _registry() -> dict[str, Any]:
-    """IFEval's instruction id → checker class, imported from lm-eval without its heavy parents and without network.
-
-    `lm_eval.tasks` imports the whole task manager (and with it datasets), and `instructions_util` downloads an NLTK resource:
-    while the checkers are imported, an empty package stands for the former and NLTK neither looks for data nor fetches it.
-    Everything is put back, so a later `import lm_eval.tasks` gets the real one.
-    """
-    try:
-        import lm_eval
-        import nltk
-    except ImportError as error:
-        raise MissingError(
-            "IFEval verifiers", expected="lm-eval", found=str(error), fix="pip install 'lm-eval[ifeval]'"
-        ) from None
-    before = {name: module for name, module in sys.modules.items() if name.startswith("lm_eval.tasks")}
-    attribute = vars(lm_eval).get("tasks")
-    find, download = nltk.data.find, nltk.download
-    nltk.data.find = nltk.download = lambda *_, **__: True
-    try:
-        for name in before:
-            del sys.modules[name]
-        stub = types.ModuleType("lm_eval.tasks")
-        stub.__path__ = [f"{lm_eval.__path__[0]}/tasks"]
-        sys.modules["lm_eval.tasks"] = stub
-        registry = importlib.import_module("lm_eval.tasks.ifeval.instructions_registry")
-    except ImportError as error:
-        raise MissingError(
-            "IFEval verifiers", expected="lm-eval", found=str(error), fix="pip install 'lm-eval[ifeval]'"
-        ) from None
-    finally:
-        nltk.data.find, nltk.download = find, download
-        for name in [name for name in sys.modules if name.startswith("lm_eval.tasks")]:
-            del sys.modules[name]
-        sys.modules.update(before)
-        if attribute is None:
-            vars(lm_eval).pop("tasks", None)
-        else:
-            vars(lm_eval)["tasks"] = attribute
+    """IFEval's instruction id → checker class; `lm_eval.tasks` itself would import the whole task manager."""
+    found = checker_classes(
+        "lm_eval.tasks",
+        "lm_eval.tasks.ifeval.instructions_registry",
+        "IFEval verifiers",
+        package="lm-eval",
+        fix="pip install 'lm-eval[ifeval]'",
+    )
     # The checkers log every text whose language cannot be told; without a handler that would land on stderr.
     logging.getLogger("lm_eval.tasks.ifeval.instructions").addHandler(logging.NullHandler())
-    return dict(registry.INSTRUCTION_DICT)
+    return found
 
 
 @contextlib.contextmanager

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from mechmerge.models.references import Model
     from mechmerge.progress import Progress
 
-PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-
 
 def parse_models(texts: tuple[str, ...]) -> list[tuple[str | None, str]]:
     """(name or None, reference) of every `[NAME=]MODEL`; a path that exists is a path, even with a `=` in it."""
+    from mechmerge.evaluate.record import NAME
+
     parsed: list[tuple[str | None, str]] = []
     for text in texts:
         name, sign, reference = text.partition("=")
-        is_named = sign and re.fullmatch(PLAIN, name) and not Path(text).exists()
+        is_named = sign and re.fullmatch(NAME, name) and not Path(text).exists()
         parsed.append((name, reference) if is_named else (None, text))
     return parsed
 

@@ -12,6 +12,7 @@ from mechmerge.cli.common import format_option, make_progress, quiet_option, sho
 
 if TYPE_CHECKING:
     from mechmerge.publish.hub import Published
+    from mechmerge.publish.plan import Mode
 
 
 def hub_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +34,7 @@ def hub_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def mode_of(as_pr: bool, branch: str | None, direct: bool) -> str:
+def mode_of(as_pr: bool, branch: str | None, direct: bool) -> Mode:
     """The mode that the options name.
 
     Raises:
@@ -113,7 +114,7 @@ def command(
         gate=gate,
         evaluation=evaluation,
         no_gate=no_gate,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         branch=branch,
         private=private,
         dry_run=dry_run,

@@ -40,7 +40,7 @@ def command(
     published = publish_scores(
         run,
         repo,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         branch=branch,
         private=private,
         dry_run=dry_run,

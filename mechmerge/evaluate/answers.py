@@ -14,6 +14,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,16 @@ class Speaker:
             units.discard()
         return SuiteAnswers(digest(asked.inputs), template_digest(asked.template), answers)
 
+    def weights(self) -> Any:
+        """The loaded weights (or the engine that holds them), which tasks of lm-eval share; loaded when first asked for."""
+        if self._loaded is None:
+            settings = self.settings
+            if settings.backend == "transformers":
+                self._loaded = load_packed(self.model.path, settings.dtype, settings.device)
+            else:
+                self._loaded = self.engine.load(self.model.path, settings.dtype)
+        return self._loaded
+
     def close(self) -> None:
         """Frees the weights."""
         self._loaded = None
@@ -200,11 +211,11 @@ class Speaker:
         names = [f"{self.name}: {suite.name}: prompt {prompt.id}" for prompt in suite.prompts]
         limit = suite.answer_tokens
         start = time.perf_counter()
+        weights = self.weights()
+        clock.loading = time.perf_counter() - start
         if settings.backend == "transformers":
-            self._loaded = self._loaded or load_packed(self.model.path, settings.dtype, settings.device)
-            clock.loading = time.perf_counter() - start
             return Decoder(
-                self._loaded,
+                weights,
                 self.tokenizer,
                 asked.tokens,
                 max_new_tokens=limit,
@@ -212,10 +223,8 @@ class Speaker:
                 exact=settings.exact,
                 names=names,
             )
-        self._loaded = self._loaded or self.engine.load(self.model.path, settings.dtype)
-        clock.loading = time.perf_counter() - start
         return EngineDecoder(
-            self._loaded,
+            weights,
             self.tokenizer,
             asked.texts,
             max_new_tokens=limit,
@@ -243,7 +252,7 @@ class Speaker:
         self.progress.start(f"{self.name}: {asked.suite.name}", len(asked.texts))
         try:
             for number, rows in enumerate(plan):
-                made = units.json(f"{prefix}{number:05}", lambda rows=rows: batch(rows))  # type: ignore[misc]
+                made = units.json(f"{prefix}{number:05}", partial(batch, rows))
                 said = [Said(*answer) for answer in made]
                 answers.update(zip(rows, said, strict=True))
                 _tell(told, rows, said)

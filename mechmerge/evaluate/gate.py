@@ -222,6 +222,7 @@ def _figure(evaluation: Evaluation, rule: Rule, model: str, clusters: int | None
         "clusters": clusters,
     }
     bound, mine = rule.at_least, evaluation.column(model, rule.metric)
+    least = bound.plus if isinstance(bound, Bound) else bound
     if rule.retained is not None:
         names = (rule.retained.base, rule.retained.expert)
         base, expert = (evaluation.column(name, rule.metric) for name in names)
@@ -232,13 +233,13 @@ def _figure(evaluation: Evaluation, rule: Rule, model: str, clusters: int | None
                 expected="a gain in a mean whose 95 % interval lies above 0",
                 found="none, so that no share of it is defined",
             )
-        return share, float(bound)  # type: ignore[arg-type]
+        return share, least
     if rule.difference_to is not None:
-        return _difference(mine, evaluation.column(rule.difference_to, rule.metric), 1.0, options), float(bound)  # type: ignore[arg-type]
+        return _difference(mine, evaluation.column(rule.difference_to, rule.metric), 1.0, options), least
     if isinstance(bound, Bound):
         name = bound.metric or rule.metric
         if rule.use == "low":
-            return _difference(mine, evaluation.column(bound.model, name), bound.times, options), bound.plus
+            return _difference(mine, evaluation.column(bound.model, name), bound.times, options), least
         bound = bound.times * evaluation.metric(bound.model, name).value + bound.plus
     metric = evaluation.metric(model, rule.metric)
     return interval(mine, **options) if clusters else Interval(metric.value, metric.low, metric.high), bound

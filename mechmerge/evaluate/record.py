@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,9 @@ from mechmerge.artifacts import Document, write_text
 from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.models.references import ModelId
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""What a model may be called in an evaluation."""
 
 
 class EvaluateSettings(Document):
@@ -184,6 +188,21 @@ class Evaluation(Document):
     settings: EvaluateSettings
     decoding: Literal["greedy"] = "greedy"
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _names(self) -> Evaluation:
+        # Names go into tables, pages and file names: a file from elsewhere may hold no others than we write.
+        for model, result in self.models.items():
+            if not re.fullmatch(NAME, model):
+                raise ValueError(f"model name {model!r}: expected letters, digits, _ . -")
+            for name in (name for suite in result.suites.values() for name in suite.metrics):
+                if not re.fullmatch(r"[^\s|<>`]+", name):
+                    raise ValueError(f"metric name {name!r}: expected one without spaces, |, <, > and `")
+        for test in self.pairs:
+            for name in (test.model, test.against):
+                if name not in self.models:
+                    raise ValueError(f"pairs: {name!r} is not among the models")
+        return self
 
     def write(self, path: Path) -> None:
         """Writes the file atomically; unlike our other JSON files it keeps the order of models, suites and metrics."""

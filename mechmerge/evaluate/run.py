@@ -19,13 +19,11 @@ from mechmerge.errors import InputError
 from mechmerge.evaluate.answers import Said, Speaker
 from mechmerge.evaluate.assembly import Done, assemble, packed, suite_done, suite_record, units_of, write_samples
 from mechmerge.evaluate.judging import judge_row, note_errors
-from mechmerge.evaluate.record import EvaluateSettings, Evaluation, SuiteRecord, SuiteResult
+from mechmerge.evaluate.record import NAME, EvaluateSettings, Evaluation, SuiteRecord, SuiteResult
 from mechmerge.evaluate.scoring import metric
 from mechmerge.evaluate.suites import TASK, Suite
 from mechmerge.models.references import Model
 from mechmerge.progress import SILENT, Progress
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def evaluate(
@@ -75,11 +73,11 @@ def evaluate(
         for name, model in models.items():
             speaker = Speaker(name, model, samples, settings, progress)
             done[name] = {suite.name: _one(name, speaker, suite, samples, settings, progress) for suite in suites}
-            speaker.close()
             if tasks:
-                found = _tasks(name, model, tasks, limit, samples, settings, overwrite, progress)
+                found = _tasks(speaker, tasks, limit, samples, overwrite)
                 done[name] |= {task: one for task, (one, _) in found.items()}
                 records |= {task: record for task, (_, record) in found.items()}
+            speaker.close()
         evaluation = assemble(
             {name: (model.id, done[name]) for name, model in models.items()},
             records,
@@ -101,21 +99,16 @@ def task_name(task: str) -> str:
 
 
 def _tasks(
-    name: str,
-    model: Model,
-    tasks: Sequence[str],
-    limit: int | None,
-    samples: Path,
-    settings: EvaluateSettings,
-    overwrite: bool,
-    progress: Progress,
+    speaker: Speaker, tasks: Sequence[str], limit: int | None, samples: Path, overwrite: bool
 ) -> dict[str, tuple[Done, SuiteRecord]]:
-    """What a model does in tasks of lm-eval, all with its weights loaded once."""
+    """What a model does in tasks of lm-eval, with the weights that answered its suites."""
     from mechmerge.evaluate.harness import run_tasks
 
+    settings, progress = speaker.settings, speaker.progress
     found: dict[str, tuple[Done, SuiteRecord]] = {}
-    for task, outcome in run_tasks(tasks, model, settings, samples, limit=limit, progress=progress).items():
-        path = samples_file(samples, name, task)
+    outcomes = run_tasks(tasks, speaker.model, settings, samples, limit=limit, loaded=speaker.weights, progress=progress)
+    for task, outcome in outcomes.items():
+        path = samples_file(samples, speaker.name, task)
         if not overwrite:
             check_samples(path, outcome.key)
         write_samples(path, [row | {"answers": outcome.key} for row in outcome.samples])
@@ -188,7 +181,7 @@ def check_names(models: Sequence[str], suites: Sequence[str], against: Sequence[
     if not models or not suites:
         raise InputError("evaluation", expected="at least one model and one suite", found=f"{len(models)} and {len(suites)}")
     for name in models:
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(NAME, name):
             raise InputError(f"model name {name!r}", expected="letters, digits, _ . -", found="others")
     for name in against:
         if name not in models:

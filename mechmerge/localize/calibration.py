@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,7 +184,7 @@ class Calibration:
                 topics = [pair.topic or str(i) for i, pair in enumerate(pairs)]
                 turns = {topic: turn % 2 for turn, topic in enumerate(dict.fromkeys(topics))}
                 asked[r] = asked.get(r, 0) + len(pairs)
-                kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", lambda m=m, r=r: self._ask(r, m))  # type: ignore[misc]
+                kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", partial(self._ask, r, m))
                 for index, prompt, answer in kept:
                     found.append(Example(r, m, turns[topics[index]], tuple(prompt), tuple(answer)))
                 for half in (0, 1):

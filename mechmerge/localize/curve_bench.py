@@ -107,7 +107,7 @@ class CurveBench:
             for rows, logits in self._logits(ids):
                 for row, own in zip(rows, logits, strict=True):
                     values = own[-len(ids[row]) :].float().log_softmax(-1).cpu().numpy()
-                    self.units.arrays(f"curve-logp-{row}", lambda values=values: {"logp": values})  # type: ignore[misc]
+                    self.units.arrays(f"curve-logp-{row}", functools.partial(dict, logp=values))
             return {"state": self.state().tolist(), "answers": ids, "passed": self.asked.verdicts(answers)}
         finally:
             self.bench.load(self.base)
