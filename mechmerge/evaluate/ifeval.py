@@ -16,6 +16,7 @@ from mechmerge.artifacts import digest, parse_document, parse_json, read_text, s
 from mechmerge.behaviors.verifiers import IFEVAL, check_arguments, check_verifier
 from mechmerge.errors import MechmergeError, MissingError, SchemaError
 from mechmerge.evaluate.suites import Suite, SuitePrompt
+from mechmerge.models.hub_files import local_file
 
 DATASET, REVISION, FILE = "google/IFEval", "966cd89545d6b6acfd7638bc708b98261ca58e84", "ifeval_input_data.jsonl"
 """The data set's only data file, at the commit that its main branch has had since 2024."""
@@ -105,16 +106,12 @@ def _check(prompt: SuitePrompt, where: str) -> None:
 
 
 def _download() -> Path:
-    from huggingface_hub import hf_hub_download
-
+    reference = f"hf://datasets/{DATASET}@{REVISION}/{FILE}"
     try:
-        path = Path(hf_hub_download(DATASET, FILE, repo_type="dataset", revision=REVISION))
-    except Exception as error:
+        path = local_file(reference)
+    except MechmergeError as error:
         raise MissingError(
-            "suite ifeval",
-            expected=f"{DATASET}@{REVISION[:12]} from the Hub",
-            found=f"{type(error).__name__}",
-            fix="check the network, or give its file with --data",
+            "suite ifeval", expected="its prompts", found=str(error), fix="or give its file with --data"
         ) from None
     if sha256_file(path) != FILE_SHA256:
         raise SchemaError(f"{DATASET}@{REVISION[:12]}", expected=f"a file of sha256 {FILE_SHA256[:12]}…", found="another one")

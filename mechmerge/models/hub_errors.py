@@ -6,8 +6,10 @@ Status codes and their meaning are those of the Hub (https://huggingface.co/docs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 
 from mechmerge.errors import InputError, MechmergeError, MissingError
 
@@ -168,3 +170,16 @@ def _by_status(error: BaseException, status: int, where: str, found: str) -> Mec
 
 def _out_of_reach(where: str, found: str) -> MissingError:
     return MissingError(where, expected="the Hub within reach", found=without_tokens(found), fix=f"check the network; {AGAIN}")
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the client's own warnings about requests that fail: what became of them is said once, by us."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

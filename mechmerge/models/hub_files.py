@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from mechmerge.artifacts import parse_yaml, read_text
 from mechmerge.errors import InputError
-from mechmerge.models.hub_errors import hub_error, is_hubs
+from mechmerge.models.hub_errors import hub_error, is_hubs, quiet_hub
 from mechmerge.progress import SILENT, Progress
 
 PREFIX = "hf://"
@@ -76,7 +76,8 @@ def _download(kind: str, repository: str, revision: str | None, name: str, text:
     from huggingface_hub import hf_hub_download
 
     try:
-        found = hf_hub_download(repository, name, repo_type=kind, revision=revision, endpoint=endpoint)
+        with quiet_hub():
+            found = hf_hub_download(repository, name, repo_type=kind, revision=revision, endpoint=endpoint)
     except Exception as error:
         if not is_hubs(error):
             raise

@@ -21,6 +21,7 @@ from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
+from mechmerge.models.hub_errors import quiet_hub
 from mechmerge.models.hub_files import PREFIX, is_hub_reference
 from mechmerge.progress import SILENT, Progress
 
@@ -166,7 +167,8 @@ def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
     repository, _, revision = text.partition("@")
     progress.note(f"resolving {text} on the Hub")
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+        with quiet_hub():
+            folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model reference {text!r}", expected="a folder or a model on the Hub", found=reason) from None
