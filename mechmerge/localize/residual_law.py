@@ -60,30 +60,42 @@ class ResidualLaw:
         """The line, [m]."""
         return np.asarray(self.intercept + self.slope * screen)
 
+    def _above(self, screen: Array, level: float) -> tuple[Array, Array]:
+        """Chance of each group of components to be above a level, [grid points, groups], and the groups' sizes.
+
+        Components of one sign and of like size are a group, judged at the likeliest of them: chances err upwards.
+        """
+        from scipy.special import stdtr
+
+        means, sizes, counts = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
+        for part in (screen[screen >= 0], screen[screen < 0]):
+            if not part.size:
+                continue
+            size = -np.sort(-np.abs(part))
+            mean = self.mean(size if part[0] >= 0 else -size)
+            starts = np.unique(np.geomspace(1, len(size) + 1, BINS).astype(int) - 1)
+            starts = starts[starts < len(size)]
+            means.append(np.maximum.reduceat(mean, starts))
+            sizes.append(size[starts])
+            counts.append(np.diff([*starts, len(size)]))
+        scale = np.sqrt(self.floor[:, None] ** 2 + (self.relative[:, None] * np.concatenate(sizes)) ** 2)
+        return np.asarray(stdtr(self.freedom[:, None], (np.concatenate(means) - level) / scale)), np.concatenate(counts)
+
     def exceeding(self, screen: Array, level: float) -> tuple[Array, Array]:
         """How many of the components with these screens are expected above a level.
 
         Returns:
-            Expected numbers, [grid points], and the grid points' probabilities. Components of like |screen| are counted
-            together at the likeliest of them, so the numbers err upwards.
+            Expected numbers, [grid points], and the grid points' probabilities.
         """
-        from scipy.special import stdtr
-
-        if not screen.size:
-            return np.zeros(len(self.weight)), self.weight
-        order = np.argsort(-np.abs(screen), kind="stable")
-        size, mean = np.abs(screen)[order], self.mean(screen)[order]
-        starts = np.unique(np.geomspace(1, len(size) + 1, BINS).astype(int) - 1)
-        starts = starts[starts < len(size)]
-        counts = np.diff([*starts, len(size)])
-        scale = np.sqrt(self.floor[:, None] ** 2 + (self.relative[:, None] * size[starts]) ** 2)
-        above = stdtr(self.freedom[:, None], (np.maximum.reduceat(mean, starts) - level) / scale)
+        above, counts = self._above(screen, level)
         return np.asarray((above * counts).sum(1)), self.weight
 
     def any_above(self, screen: Array, level: float) -> float:
         """Probability that at least one of the components with these screens is above a level."""
-        expected, weight = self.exceeding(screen, level)
-        return float(weight @ -np.expm1(-expected))
+        above, counts = self._above(screen, level)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            none = np.exp((np.log1p(-above) * counts).sum(1))
+        return float(self.weight @ (1 - none))
 
     def most_above(self, screen: Array, level: float, tail: float) -> int:
         """A number that the count above the level exceeds with probability `tail` at most."""

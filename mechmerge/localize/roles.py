@@ -280,5 +280,7 @@ def _layers(depth: Depth) -> str:
 def _named(strong: tuple[Strong, ...], what: str) -> str:
     if not strong:
         return f", no module is clearly one of the {what}"
-    said = (f"{entry.component} {entry.value:.2f}" + ("" if entry.stderr is None else f" ± {entry.stderr:.2f}") for entry in strong)
+    said = (
+        f"{entry.component} {entry.value:.2f}" + ("" if entry.stderr is None else f" ± {entry.stderr:.2f}") for entry in strong
+    )
     return f", strongest {', '.join(said)}"
