@@ -253,23 +253,24 @@ def _strongest(arrays: Mapping[str, Array], found: Mapping[str, Array], role: Ro
 
 
 def _where(thirds: tuple[Depth, ...], measure: Literal["sufficiency", "activation"]) -> str:
-    """The kind and the third that hold most of a measure's positive sum, with their shares."""
-    sums = [getattr(depth, measure) for depth in thirds]
-    measured = [kind for kind in MODULES if any(entry[kind] is not None for entry in sums)]
-    if not measured:
+    """Which kind holds most of a measure's positive sum, and which kind of which third, with their shares."""
+    cells = {(kind, at): getattr(depth, measure)[kind] for at, depth in enumerate(thirds) for kind in MODULES}
+    found = {cell: value for cell, value in cells.items() if value is not None}
+    total = sum(found.values())
+    if not found:
         return "not measured on modules"
-    by_kind = {kind: sum(entry[kind] or 0.0 for entry in sums) for kind in measured}
-    by_third = [sum(value or 0.0 for value in entry.values()) for entry in sums]
-    total = sum(by_third)
     if total <= 0:
         return "nothing above 0"
-    kind, third = max(by_kind, key=lambda name: by_kind[name]), int(np.argmax(by_third))
-    name = {"attention": "attention", "mlp": "MLPs"}[kind]
-    only = "" if len(measured) > 1 else " (the other was not measured)"
-    place = f"{THIRDS[third]} third" if len(thirds) == len(THIRDS) else "part"
-    layers = _layers(thirds[third])
+    by_kind = {kind: sum(value for cell, value in found.items() if cell[0] == kind) for kind in MODULES}
+    more = max(MODULES, key=lambda kind: by_kind[kind])
+    kind, at = max(found, key=lambda cell: found[cell])
+    names = {"attention": "attention", "mlp": "MLPs"}
+    only = "" if len({cell[0] for cell in found}) > 1 else " (the other was not measured)"
+    place = f"{THIRDS[at]} third" if len(thirds) == len(THIRDS) else "part"
+    share = f"{100 * found[kind, at] / total:.0f} %"
     return (
-        f"{100 * by_kind[kind] / total:.0f} % in {name}{only}, {100 * by_third[third] / total:.0f} % in the {place} ({layers})"
+        f"{100 * by_kind[more] / total:.0f} % in {names[more]}{only}, most in the {names[kind]} of the {place} "
+        f"({_layers(thirds[at])}: {share})"
     )
 
 
