@@ -66,7 +66,7 @@ def _score(label: str, file: ScoreFile, recipes: Mapping[str, KeptOf], every_neu
         if all(array is None for array in arrays.values()):
             continue
         score = np.where(np.isfinite(file.score(kind)), file.score(kind), np.nan)
-        score[meta.anchor.layer :] = np.nan
+        score[file.depth :] = np.nan
         entry: dict[str, Any] = {"span": digits(span(score)), "count": int(np.isfinite(score).sum())}
         if kind == "neuron":
             entry["bins"] = _bins(score, meta.expert, recipes)
@@ -81,13 +81,13 @@ def _score(label: str, file: ScoreFile, recipes: Mapping[str, KeptOf], every_neu
                 if array is None:
                     continue
                 below = np.array(array, np.float32)
-                below[meta.anchor.layer :] = np.nan
+                below[file.depth :] = np.nan
                 entry[name + suffix] = pack(below if chosen is None else _take(below, chosen), packing)  # type: ignore[arg-type]
         kinds[kind] = entry
     return {
         "label": label,
         "expert": meta.expert.digest,
-        "anchor": meta.anchor.layer,
+        "anchor": file.depth,
         "unit": unit_of(meta),
         "caveat": caveat(meta),
         "doubts": list(doubts(meta)),
@@ -102,7 +102,7 @@ def _module_spans(scores: Mapping[str, ScoreFile]) -> dict[str, float | None]:
     for file in scores.values():
         for name in ("attention.sufficiency", "mlp.sufficiency"):
             if name in file.arrays:
-                found.setdefault(unit_of(file.metadata), []).append(file.arrays[name][: file.metadata.anchor.layer].ravel())
+                found.setdefault(unit_of(file.metadata), []).append(file.arrays[name][: file.depth].ravel())
     return {unit: digits(span(np.concatenate(parts))) for unit, parts in found.items()}
 
 

@@ -155,6 +155,8 @@ def behaviors(run: Measurements, kept: Mapping[str, KeptOf]) -> str:
     modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     curves = tables.curves_rows(files)
     parts = [table("Anchors and their validity", tables.anchors_rows(files))]
+    if any(file.metadata.loss is not None for file in files.values()):
+        parts.append(table("Losses that scores are measured on", tables.losses_rows(files)))
     if modules:
         parts += ["<h3>Attention and MLP</h3>", chart("modules"), paragraph(summary.DEPTH_SAID)]
         parts += [table("Positive scores by third of the model", tables.depth_rows(modules))]
@@ -175,7 +177,7 @@ def _behavior(number: int, label: str, file: ScoreFile, kept: Mapping[str, KeptO
     parts = [paragraph(f"⚠ {caveat(meta)}", "warning")] if caveat(meta) else []
     parts += [
         paragraph(
-            f"Expert {meta.expert.name}, anchor after layer {meta.anchor.layer}, {meta.anchor.held_out} held-out prompts; "
+            f"Expert {meta.expert.name}, scores on {meta.where}, {meta.record.measured_on} held-out prompts; "
             f"really patched: {patched or 'nothing'}."
         )
     ]

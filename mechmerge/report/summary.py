@@ -167,6 +167,8 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     if not files:
         return []
     lines = ["## Where the behaviours lie", "", "### Anchors", "", *tables.table(*tables.anchors_rows(files))]
+    if any(file.metadata.loss is not None for file in files.values()):
+        lines += ["", "### Losses", "", *tables.table(*tables.losses_rows(files))]
     wanted = {"attention.sufficiency", "mlp.sufficiency"}
     modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     if modules:
@@ -207,7 +209,7 @@ def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> l
     if caveat(meta):
         lines += [f"> **{warning}**", ""]
     patched = ", ".join(f"{count} {kind}" for kind, count in meta.verified.items() if count)
-    who = f"Expert {tables.cell(meta.expert.name)}, {meta.anchor.held_out} held-out prompts"
+    who = f"Expert {tables.cell(meta.expert.name)}, {meta.record.measured_on} held-out prompts"
     lines += [f"{who}; really patched: {patched or 'nothing'}.", ""]
     for kinds, what in ((UNIT_KINDS, "Heads, KV groups and neurons"), (("attention", "mlp"), "Modules")):
         ranked = tables.top_components(file, kinds, TOP)

@@ -71,7 +71,9 @@ def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
     """Anchors with their validity figures; whatever is not a recovery is said to be none."""
     rows: list[tuple[object, ...]] = []
     for label, file in scores.items():
-        anchor, meta = file.metadata.anchor, file.metadata
+        meta = file.metadata
+        if (anchor := meta.anchor) is None:
+            continue
         steering = "no verifier"
         if anchor.steering_base is not None and anchor.steering_steered is not None:
             steering = f"{anchor.steering_base:.2f} → {anchor.steering_steered:.2f}"
@@ -95,6 +97,19 @@ def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
     return [*header, "prompts / held out", "scores are"], rows
 
 
+def losses_rows(scores: Mapping[str, ScoreFile]) -> Rows:
+    """What loss scores are measured on; no rows where there are none."""
+    rows: list[tuple[object, ...]] = []
+    for label, file in scores.items():
+        loss, meta = file.metadata.loss, file.metadata
+        if loss is not None:
+            scale = "recovery" if meta.scale == "recovery" else f"**raw differences**: {'; '.join(meta.reasons)}"
+            told = (f"{loss.base:.3f}", f"{loss.expert:.3f}", f"{loss.gap:.3f} ({loss.gap_low:.3f})")
+            rows.append((label, *told, f"{loss.answers} of {loss.prompts}", scale))
+    header = ["behaviour", "base, nats per token", "expert", "gap (95 % low)", "answers that pass"]
+    return [*header, "scores are"], rows
+
+
 def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
     """What the set curves of every localization say; no rows where none has any."""
     rows: list[tuple[object, ...]] = []
@@ -102,7 +117,7 @@ def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
         curves = file.metadata.curves
         if curves is None:
             continue
-        unit = "recovery" if curves.scale == "recovery" and file.metadata.anchor.valid else "**not a recovery**"
+        unit = "recovery" if curves.scale == "recovery" and file.metadata.valid else "**not a recovery**"
         passes = (curves.base_pass_rate, curves.expert_pass_rate)
         seen = "unseen" if curves.unseen else "**those that ordered the components**"
         rows.append(
@@ -154,7 +169,7 @@ def top_components(file: ScoreFile, kinds: Sequence[str], count: int) -> list[Ra
         if shape is None:
             continue
         filled = [np.full(shape, np.nan) if a is None else np.asarray(a, float) for a in arrays]
-        for layer, unit in np.ndindex(min(shape[0], file.metadata.anchor.layer), shape[1]):
+        for layer, unit in np.ndindex(min(shape[0], file.depth), shape[1]):
             patched, stderr, screen = (float(a[layer, unit]) for a in filled)
             found.append(Ranked(str(Component(layer, kind, unit)), patched, stderr, screen))
     verified = [r for r in found if np.isfinite(r.patched)]
@@ -183,7 +198,7 @@ def depth_shares(file: ScoreFile) -> dict[str, Array] | None:
         if values is None:
             return None
         positive = np.clip(np.nan_to_num(values[:, 0]), 0, None)
-        positive[file.metadata.anchor.layer :] = 0
+        positive[file.depth :] = 0
         sums[kind] = np.array([part.sum() for part in np.array_split(positive, len(DEPTHS))])
     total = sum(float(values.sum()) for values in sums.values())
     return {kind: values / total if total > 0 else np.zeros(len(DEPTHS)) for kind, values in sums.items()}
