@@ -81,7 +81,7 @@ def test_the_report_tells_them(run: Path) -> None:
     assert f"Roles: {roles}." in own
     assert f"- heads: {known}" in own
     assert "| MLP | 2 | 0 | 1 | 3 | 0 |" in own
-    assert "| first third (layers 0–1) | +0.0200 | +0.600 | +0.0200 | +0.750 |" in own
+    assert "| first third (layers 0–1) | +0.020 | +0.600 | +0.020 | +0.750 |" in own
     assert "| L3.attention | +0.000 ± 0.010 | – | +0.000 ± 0.010 | +0.600 ± 0.020 | aggregator / router |" in own
     assert "0.05 (modules), 0.02 (heads, KV groups), 0.005 (neurons)" in own
     assert f"Roles: {NO_ROLES}." in text.split("### arithmetic")[1].split("\n### ")[0]
@@ -127,6 +127,6 @@ def test_stated_thresholds_are_the_stored_ones() -> None:
     rule = RoleThresholds(module=0.07, output=0.3, low=0.25, errors=3)
     changed = file.metadata.model_copy(update={"roles": file.metadata.roles.model_copy(update={"thresholds": rule})})
     said = role_tables.thresholds_said(changed)
-    assert all(part in said for part in ("0.07 (modules)", "0.3 (output)", "3 standard errors above 0", "below 0.25 of that"))
+    assert all(part in said for part in ("0.07 (modules)", "0.3 (output)", "3 standard errors above 0", "below 25 % of the"))
     assert role_tables.thresholds_said(score_file().metadata) == ""
     assert role_tables.depth_rows(score_file())[1] == role_tables.role_rows(score_file())[1] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechmerge.localize.roles import MODULES, NO_ROLES, ROLE_NAMES, ROLES, THIRDS, Depth
 from mechmerge.localize.scores import ScoreFile, ScoreMetadata
-from mechmerge.report.style import small
+from mechmerge.report.style import signed
 from mechmerge.report.tables import Rows
 
 KIND_NAMES = {
@@ -41,8 +41,9 @@ def thresholds_said(metadata: ScoreMetadata) -> str:
     rule = metadata.roles.thresholds
     return (
         f"High: at least {rule.module:g} (modules), {rule.head:g} (heads, KV groups), {rule.neuron:g} (neurons), "
-        f"{rule.output:g} (output), and {rule.errors:g} standard errors above 0. Low: below {rule.low:g} of that, and "
-        f"{rule.errors:g} standard errors below it. Otherwise unclear."
+        f"{rule.output:g} (output), and {rule.errors:g} standard errors above 0. Low: below {100 * rule.low:g} % of the "
+        f"threshold, and {rule.errors:g} standard errors below it. A router's weight patching is not high and, with as many "
+        f"standard errors, at most {100 * rule.low:g} % of its activation patching. What is neither high nor low is unclear."
     )
 
 
@@ -76,7 +77,7 @@ def depth_rows(file: ScoreFile, *, by_layer: bool = False) -> Rows:
     for number, depth in enumerate(depths):
         named = f"{THIRDS[number]} third ({_span(depth)})" if not by_layer and len(depths) == len(THIRDS) else _span(depth)
         values = (getattr(depth, measure)[kind] for measure, kind in columns)
-        rows.append((named, *("–" if value is None else small(value) for value in values)))
+        rows.append((named, *("–" if value is None else signed(value) for value in values)))
     return ["depth", *(f"{COLUMNS[measure]}, {KIND_NAMES[kind]}" for measure, kind in columns)], rows
 
 
