@@ -13,7 +13,7 @@ from mechmerge.localize.rounds_file import read_rounds
 from mechmerge.localize.scores import LossRecord, ScoreMetadata, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import read_recipe
-from mechmerge.report import effect_tables, tables
+from mechmerge.report import effect_tables, role_tables, tables
 from mechmerge.report.recipes import predicted_rows, recipe_rows
 from mechmerge.report.style import caveat
 
@@ -120,25 +120,31 @@ def _scores(path: Path) -> Inspection:
         caveat=caveat(meta),
         set_curves=meta.curves.verdict if meta.curves is not None else None,
         **_readout(meta),
+        roles=role_tables.roles_said(meta),
+        **{f"best_{kind}": said for kind, said in role_tables.verification_said(meta).items()},
         state_of_base_and_expert=f"{meta.state_base:.3f}, {meta.state_expert:.3f}",
         scale=meta.scale,
         patched=", ".join(f"{n} {kind}" for kind, n in meta.verified.items()),
         dtype=meta.dtype,
         seed=meta.seed,
     )
+    measured = {measure: any(name.endswith(f".{measure}") for name in file.arrays) for measure in ("necessity", "activation")}
     rankings = {
         title: [
             {
                 "component": r.name,
-                "weight patching": _number(r.patched),
-                "±": _number(r.stderr),
-                "first-order": _number(r.screen),
+                "weight patching": _measured(r.patched, r.stderr),
+                "first-order": _measured(r.screen, r.screen_stderr),
+                **({"knockout": _measured(r.necessity, r.necessity_stderr)} if measured["necessity"] else {}),
+                **({"activation": _measured(r.activation, r.activation_stderr)} if measured["activation"] else {}),
+                **({"role": r.role} if meta.roles is not None else {}),
             }
             for r in tables.top_components(file, kinds, TOP)
         ]
         for title, kinds in (("heads, kv groups, neurons", UNIT_KINDS), ("modules", ("attention", "mlp")))
     }
-    shown = {"scores": facts} | {title: rows for title, rows in rankings.items() if rows}
+    judged = {"roles": _parsed(role_tables.role_rows(file)), "depth": _parsed(role_tables.depth_rows(file))}
+    shown = {"scores": facts} | {title: rows for title, rows in (judged | rankings).items() if rows}
     return Inspection("scores", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 
 
@@ -226,5 +232,8 @@ def _parsed(table: tuple[list[str], list[tuple[Any, ...]]]) -> Rows:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def _number(value: float) -> str:
-    return "–" if value != value else f"{value:+.4f}"
+def _measured(value: float, error: float) -> str:
+    """A score with its standard error, – where it was not measured."""
+    if value != value:
+        return "–"
+    return f"{value:+.4f}" if error != error else f"{value:+.4f} ± {error:.4f}"

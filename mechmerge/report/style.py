@@ -29,6 +29,7 @@ MEASURES = {
     "sufficiency": "weight patching",
     "necessity": "knockout",
     "activation": "activation patching",
+    "output": "output",
 }
 """What each measure of a score file is called in titles."""
 
