@@ -12,10 +12,13 @@ from mechmerge.cli.common import (
     escape,
     format_option,
     make_progress,
+    memory_guard,
+    memory_options,
     pair_options,
     quiet_option,
     set_threads,
     show,
+    show_plan,
     threads_option,
 )
 
@@ -53,13 +56,22 @@ if TYPE_CHECKING:
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@memory_options
 @pair_options
 @device_option
 @threads_option
 @quiet_option
 @format_option
 def command(
-    base: str, expert: str, behaviors: tuple[str, ...], out: Path, threads: int | None, quiet: bool, output: str, **options: Any
+    base: str,
+    expert: str,
+    behaviors: tuple[str, ...],
+    out: Path,
+    only_plan: bool,
+    threads: int | None,
+    quiet: bool,
+    output: str,
+    **options: Any,
 ) -> None:
     """Find which components of EXPERT carry a behaviour that BASE lacks.
 
@@ -68,15 +80,21 @@ def command(
     whether the scores mean anything: a localization that is not above its controls is labelled so.
     """
     from mechmerge.behaviors.schema import load_behavior
+    from mechmerge.localize.plan_steps import plan_localize
     from mechmerge.localize.scores import read_scores
-    from mechmerge.localize.stage import LocalizeSettings, localize
+    from mechmerge.localize.stage import LocalizeSettings, localize, used
     from mechmerge.models.references import resolve
 
     loaded = [load_behavior(name) for name in behaviors]
     set_threads(threads)
     progress = make_progress(quiet)
     settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), **options)
-    paths = localize(resolve(base, progress=progress), resolve(expert, progress=progress), loaded, out, settings, progress)
+    models = resolve(base, progress=progress), resolve(expert, progress=progress)
+    if only_plan:
+        show_plan(plan_localize(models[0].checkpoint(), used(loaded, settings), settings, timed=True), output)
+        return
+    with memory_guard():
+        paths = localize(*models, loaded, out, settings, progress)
     files = [(path, read_scores(path).metadata) for path in paths]
     rows = [_row(path, metadata, output) for path, metadata in files]
     show(rows, output, "anchors")

@@ -50,7 +50,9 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
         if not name.startswith(f"{arch.family.layers}."):
             return [None]  # nothing outside the layers is scored
         own, other = bench.weight(name), expert(name).to(bench.device)
-        return [None if torch.equal(own, other) else other.to(own.dtype) - own]
+        exact = torch.promote_types(own.dtype, other.dtype) == own.dtype
+        delta = (other if exact else other.to(own.dtype)) - own
+        return [None if torch.linalg.vector_norm(delta, torch.inf) == 0 else delta]
 
     with DeltaProbe(bench, deltas, 1, below=anchor.layer) as probe:
         bench.backward(batches, anchor.layer, lambda _, residual: anchor.state(residual), probe.turn)

@@ -29,8 +29,10 @@ from mechmerge.localize.curve_record import SetCurves
 from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.localize.curves import fresh_prompts, measure_curves
 from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
+from mechmerge.localize.plan_steps import plan_localize
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
 from mechmerge.localize.steering import Steering
+from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import SCORED_KINDS, Component, parse_component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
@@ -69,6 +71,10 @@ class LocalizeSettings(Document):
     """Prompts a forward pass with gradients."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    memory: int | None = Field(default=None, ge=1)
+    """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
+    which changes no score.
+    """
     seed: int = 0
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
@@ -135,17 +141,19 @@ class _Localizer:
     def __init__(self, base: Model, expert: Model, out: Path, settings: LocalizeSettings, progress: Progress) -> None:
         self.base, self.expert, self.out, self.settings, self.progress = base, expert, out, settings, progress
         self._bench: Bench | None = None
+        self.behaviors: list[Behavior] = []
         self.checkpoint = expert.checkpoint()
         self.arch = base.checkpoint().arch
 
     @property
     def bench(self) -> Bench:
         if self._bench is None:
-            self._bench = Bench(self.base, self.settings.dtype, self.settings.device)
+            plan = plan_localize(self.base.checkpoint(), self.behaviors, self.settings)
+            self._bench = open_bench(self.base, self.settings.dtype, self.settings.device, plan)
         return self._bench
 
     def units(self, behavior: Behavior) -> Units:
-        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify", *_CURVES})
+        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify", "memory", *_CURVES})
         inputs = {
             "base": self.base.id.shards,
             "expert": self.expert.id.shards,
@@ -158,7 +166,7 @@ class _Localizer:
         return Units(self.out / ".units", inputs)
 
     def run(self, given: Sequence[Behavior]) -> list[Path]:
-        behaviors = [_first_topics(behavior, 2 * self.settings.prompts) for behavior in given]
+        self.behaviors = behaviors = used(given, self.settings)
         self.digests = {behavior.name: behavior.digest for behavior in given}
         self._states(behaviors)
         norms = self._norms(behaviors[0])
@@ -387,6 +395,11 @@ class _Localizer:
 
 def _topics(behavior: Behavior) -> list[str]:
     return [pair.topic or str(i) for i, pair in enumerate(behavior.pairs)]
+
+
+def used(behaviors: Sequence[Behavior], settings: LocalizeSettings) -> list[Behavior]:
+    """The behaviours with the pairs that are used."""
+    return [_first_topics(behavior, 2 * settings.prompts) for behavior in behaviors]
 
 
 def _first_topics(behavior: Behavior, count: int) -> Behavior:
