@@ -102,8 +102,7 @@ class Job:
 
     base: str
     expert: str
-    memory: int | None = None
-    """Bytes; None keeps the model in memory whatever there is."""
+    streamed: bool = False
     dtype: str = "float32"
     prompts: int = 8
     tokens: int = 64
@@ -123,8 +122,9 @@ def screen_in_a_process(**options: Any) -> dict[str, float]:
     """Runs a `Job` in a process of its own.
 
     Returns:
-        `peak`: bytes of resident memory at the highest; `loading`, `seconds` (screening), `forward` (plain forward passes over
-        the same batches; 0 where not asked), `streamed` (1 or 0), `resident` (layers in memory at once).
+        `peak`: bytes of resident memory at the highest; `loading`, `screening`, `forward` (plain forward passes of the whole
+        model over the same batches; 0 where not asked): seconds; `resident`: layers in memory at once; `runs`: forward runs of
+        a layer for each layer and batch.
     """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.synthetic", json.dumps(asdict(Job(**options)))],
@@ -154,7 +154,15 @@ def _child(job: Job) -> dict[str, float]:
 
     started = time.perf_counter()
     base = Model(id=ModelId(name="base", shards={}), path=Path(job.base))
-    bench = Bench(base, job.dtype) if job.memory is None else StreamedBench(base, job.dtype)
+    bench = StreamedBench(base, job.dtype) if job.streamed else Bench(base, job.dtype)
+    runs = 0
+
+    def count(layer: torch.nn.Module, *_: Any) -> None:
+        nonlocal runs
+        runs += "forward" not in vars(layer)  # a streamed bench passes layers over by shadowing it
+
+    for layer in bench.layers:
+        layer.register_forward_hook(count)
     loaded = time.perf_counter()
     arch = bench.checkpoint.arch
     generator = torch.Generator().manual_seed(1)
@@ -167,22 +175,20 @@ def _child(job: Job) -> dict[str, float]:
         v = torch.randn(arch.hidden, generator=torch.Generator().manual_seed(2 + i))
         scores = screen(bench, batches, Anchor(stop, v / v.norm()), source)
     screened = time.perf_counter()
-    peak = peak_memory()
-    forward = 0.0
+    peak, counted, forward = peak_memory(), runs, 0.0
     if job.forwards:
         with torch.no_grad():
             for batch in batches:
-                bench.answer_logits(batch, batch.ids[:, -1:])
+                bench.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         forward = time.perf_counter() - screened
     if job.scores is not None:
         np.savez(job.scores, **scores)
-    streamed = isinstance(bench, StreamedBench)
     return {
         "peak": peak,
         "loading": loaded - started,
-        "seconds": screened - loaded,
+        "screening": screened - loaded,
         "forward": forward,
-        "streamed": streamed,
+        "runs": counted / (job.behaviors * len(batches) * stop),
         "resident": bench.most if isinstance(bench, StreamedBench) else arch.layers,
     }
 

@@ -70,7 +70,7 @@ def test_the_limit_decides_whether_the_model_is_streamed() -> None:
     assert (inside.streamed, inside.kept, inside.peak) == (False, 0, whole)
     assert beyond.streamed
     assert least < beyond.peak <= whole
-    assert 0 < beyond.kept
+    assert beyond.kept > 0
     assert plan(least).kept == 0
     with pytest.raises(InputError) as error:
         plan(least - 1)
