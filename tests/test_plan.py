@@ -108,7 +108,23 @@ def test_sizes_and_rates_of_a_checkpoint(base: Model) -> None:
     assert sizes.tensor == 48 * 32
     rates = measure_rates(checkpoint, "float32", seconds=0.01)
     assert min(rates.operations, rates.memory, rates.disk) > 0
-    assert free_memory() > FIXED / 10
+
+
+def test_free_memory_is_that_of_the_machine_and_its_container(tmp_path: Path) -> None:
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:   9000 kB\nMemAvailable:   5000 kB\n")
+    assert free_memory(root=tmp_path) == 5_120_000
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 600000\ninactive_file 300000\n")
+    (group / "memory.max").write_text("max\n")
+    assert free_memory(root=tmp_path) == 5_120_000
+    (group / "memory.max").write_text("1000000\n")
+    assert free_memory(root=tmp_path) == 400_000
+    (group / "memory.max").write_text("500000\n")
+    assert free_memory(root=tmp_path) == 1
+    assert free_memory() > 1_000_000
 
 
 def test_a_streamed_localization_gives_the_same_file(base: Model, expert: Model, tmp_path: Path) -> None:

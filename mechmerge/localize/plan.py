@@ -7,7 +7,9 @@ the machine (`measure_rates`), so it is an estimate. One forward-equivalent is a
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -44,16 +46,31 @@ def show_size(size: float) -> str:
     return f"{math.ceil(size / 1e8) / 10:.1f} GB" if size > 999e6 else f"{math.ceil(size / 1e6)} MB"
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free on this machine, without swapping (all of it where the system does not tell)."""
-    import os
+def free_memory(device: str = "cpu", root: Path = Path("/")) -> int:
+    """Bytes that are free for a process: of the device, or of this machine and of the container it runs in, without swapping.
 
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        available = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
-        if available:
-            return int(available[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    Args:
+        device: torch device.
+        root: where `proc` and `sys` are.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(_fields(root / "proc/meminfo")["MemAvailable:"] * 1024)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = root / "sys/fs/cgroup"
+        # Pages of files count as used, and are given back when memory runs short. Without a limit, `max` is no number.
+        used = int((group / "memory.current").read_text()) - _fields(group / "memory.stat")["inactive_file"]
+        found.append(int((group / "memory.max").read_text()) - used)
+    return max(min(found), 1)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The first number of each line of a file, by its first word."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
 
 
 @dataclass(frozen=True)

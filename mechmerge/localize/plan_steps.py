@@ -189,5 +189,5 @@ def _finish(
     timed: bool,
 ) -> Plan:
     rates = measure_rates(base, settings.dtype, settings.device) if timed else Rates(1.0, 1.0, 1.0)
-    limit = free_memory() if settings.memory is None else settings.memory
+    limit = free_memory(settings.device) if settings.memory is None else settings.memory
     return make_plan(Sizes.of(base), steps, demand, mean, settings.dtype, settings.batch, limit, rates)

@@ -222,7 +222,7 @@ class StreamedBench(Bench):
         gradients = []
         for i, trace in enumerate(traces):
             turn(i)
-            x = trace.residual[-1].requires_grad_(True)
+            x = trace.residual[-1].detach().requires_grad_(True)
             gradients.append(_gradient(scalar(i, x).sum(), x, None))
         self._stepping = True
         try:
