@@ -52,7 +52,8 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
         own, other = bench.weight(name), expert(name).to(bench.device)
         exact = torch.promote_types(own.dtype, other.dtype) == own.dtype
         delta = (other if exact else other.to(own.dtype)) - own
-        return [None if torch.linalg.vector_norm(delta, torch.inf) == 0 else delta]
+        # `equal` stops at the first difference.
+        return [None if torch.equal(delta, delta.new_zeros(()).expand_as(delta)) else delta]
 
     with DeltaProbe(bench, deltas, 1, below=anchor.layer) as probe:
         bench.backward(batches, anchor.layer, lambda _, residual: anchor.state(residual), probe.turn)
