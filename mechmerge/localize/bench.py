@@ -21,7 +21,7 @@ from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once the layers of interest have run."""
 
 
@@ -78,12 +78,18 @@ class Bench:
             LocalizeError: a prompt is longer than the model's context.
         """
         encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        if limit is not None and encoded.input_ids.shape[1] > limit:
-            raise LocalizeError(
-                "prompts", expected=f"at most {limit} tokens (the model's context)", found=str(encoded.input_ids.shape[1])
-            )
+        self.check_length(encoded.input_ids.shape[1])
         return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
+
+    def check_length(self, tokens: int) -> None:
+        """Refuses a prompt of so many tokens that does not fit into the model's context.
+
+        Raises:
+            LocalizeError: it does not.
+        """
+        limit = getattr(self.module.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise LocalizeError("prompts", expected=f"at most {limit} tokens (the model's context)", found=str(tokens))
 
     def encode_answers(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Batch, torch.Tensor]:
         """Puts (prompt, answer) token ids into one left-padded batch.
@@ -108,7 +114,7 @@ class Bench:
         Args:
             residual: the residual stream after all layers, [B, T, D], where it is known: only norm and head run then.
         """
-        with contextlib.nullcontext() if residual is None else self._passing(residual):
+        with contextlib.nullcontext() if residual is None else self.passing(residual):
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
 
@@ -118,9 +124,9 @@ class Bench:
 
         def after(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
+            raise Stop
 
-        with _hooked(self.layers[stop - 1].register_forward_hook(after)), contextlib.suppress(_Stop):
+        with hooked(self.layers[stop - 1].register_forward_hook(after)), contextlib.suppress(Stop):
             self._call(batch)
         return found[0]
 
@@ -130,7 +136,7 @@ class Bench:
         )
 
     @contextlib.contextmanager
-    def _passing(self, residual: torch.Tensor | None = None) -> Iterator[None]:
+    def passing(self, residual: torch.Tensor | None = None) -> Iterator[None]:
         """Inside the `with`, layers hand on what they get, or the residual stream given."""
 
         def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -158,12 +164,12 @@ class Bench:
 
     @torch.no_grad()
     def _record(self, batch: Batch, stop: int) -> Trace:
-        with self._recorder(stop) as (inputs, arguments):
+        with self.recorder(stop) as (inputs, arguments):
             inputs.append(self.run(batch, stop))
         return Trace(inputs, arguments)
 
     @contextlib.contextmanager
-    def _recorder(self, stop: int) -> Iterator[tuple[list[torch.Tensor], list[Arguments]]]:
+    def recorder(self, stop: int) -> Iterator[tuple[list[torch.Tensor], list[Arguments]]]:
         """Lists that fill with what the first `stop` layers are called with."""
         inputs: list[torch.Tensor] = []
         arguments: list[Arguments] = []
@@ -174,7 +180,7 @@ class Bench:
 
         with contextlib.ExitStack() as stack:
             for layer in self.layers[:stop]:
-                stack.enter_context(_hooked(layer.register_forward_pre_hook(before, with_kwargs=True)))
+                stack.enter_context(hooked(layer.register_forward_pre_hook(before, with_kwargs=True)))
             yield inputs, arguments
 
     @torch.no_grad()
@@ -319,7 +325,8 @@ class Trace:
 
 
 @contextlib.contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
+def hooked(handle: Any) -> Iterator[None]:
+    """Removes a hook at the end of the `with`."""
     try:
         yield
     finally:

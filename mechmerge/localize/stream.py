@@ -174,17 +174,17 @@ class StreamedBench(Bench):
 
     # ------------------------------------------------------------------------------------------------------------- forward
     @contextlib.contextmanager
-    def _passing(self, residual: torch.Tensor | None = None) -> Iterator[None]:
+    def passing(self, residual: torch.Tensor | None = None) -> Iterator[None]:
         self._passed = True
         try:
-            with super()._passing(residual):
+            with super().passing(residual):
                 yield
         finally:
             self._passed = False
 
     def _entry(self, batch: Batch, stop: int) -> tuple[torch.Tensor, list[Arguments]]:
         """The first layer's input, and what each of the first `stop` layers is called with, without running any."""
-        with self._passing(), self._recorder(stop) as (inputs, arguments):
+        with self.passing(), self.recorder(stop) as (inputs, arguments):
             self.run(batch, stop)
         return inputs[0], arguments
 
