@@ -68,6 +68,7 @@ class StreamedBench(Bench):
 
         self._names = {i: under(f"{family.layers}.{i}") for i in range(len(self.layers))}
         head = family.embed[0] if self.checkpoint.arch.tied else family.head
+        self._layer_of = {name: i for i, own in self._names.items() for name in own}
         self._names[TOP] = under(family.final_norm, head)
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._before_layer, i))
@@ -155,9 +156,10 @@ class StreamedBench(Bench):
 
     @torch.no_grad()
     def weight(self, name: str) -> torch.Tensor:
-        if any(name in names for names in self._resident.values()):
-            return self.parameters[name].detach()
-        return self._value(name)
+        if name not in self._layer_of:
+            return self._value(name)
+        self._fetch(self._layer_of[name])  # whoever asks for one tensor of a layer asks for others, or runs it
+        return self.parameters[name].detach()
 
     @contextlib.contextmanager
     def _replaced(self, places: Sequence[tuple[str, Place]], source: Source) -> Iterator[None]:
