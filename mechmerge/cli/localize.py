@@ -13,11 +13,14 @@ from mechmerge.cli.common import (
     escape,
     format_option,
     make_progress,
+    memory_guard,
+    memory_options,
     named_numbers,
     pair_options,
     quiet_option,
     set_threads,
     show,
+    show_plan,
     threads_option,
 )
 
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@memory_options
 @pair_options
 @device_option
 @threads_option
@@ -78,6 +82,7 @@ def command(
     behaviors: tuple[str, ...],
     out: Path,
     thresholds: tuple[str, ...],
+    only_plan: bool,
     threads: int | None,
     quiet: bool,
     output: str,
@@ -92,10 +97,11 @@ def command(
     """
     from mechmerge.artifacts import parse_document
     from mechmerge.behaviors.schema import load_behavior
+    from mechmerge.localize.plan_steps import plan_localize
     from mechmerge.localize.roles import RoleThresholds
     from mechmerge.localize.scores import read_scores
     from mechmerge.localize.settings import LocalizeSettings
-    from mechmerge.localize.stage import localize
+    from mechmerge.localize.stage import localize, used
     from mechmerge.models.references import resolve
 
     loaded = [load_behavior(name) for name in behaviors]
@@ -103,7 +109,12 @@ def command(
     progress = make_progress(quiet)
     roles = parse_document(RoleThresholds, named_numbers(thresholds, "--role-threshold"), "--role-threshold")
     settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), roles=roles, **options)
-    paths = localize(resolve(base, progress=progress), resolve(expert, progress=progress), loaded, out, settings, progress)
+    models = resolve(base, progress=progress), resolve(expert, progress=progress)
+    if only_plan:
+        show_plan(plan_localize(models[0].checkpoint(), used(loaded, settings), settings, timed=True), output)
+        return
+    with memory_guard():
+        paths = localize(*models, loaded, out, settings, progress)
     files = [(path, read_scores(path).metadata) for path in paths]
     rows = [_row(path, metadata, output) for path, metadata in files]
     show(rows, output, "anchors")

@@ -69,7 +69,10 @@ def screen(bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], 
         if not name.startswith(f"{arch.family.layers}."):
             return [None]  # nothing outside the layers is scored
         own, other = bench.weight(name), expert(name).to(bench.device)
-        return [None if torch.equal(own, other) else other.to(own.dtype) - own]
+        exact = torch.promote_types(own.dtype, other.dtype) == own.dtype
+        delta = (other if exact else other.to(own.dtype)) - own
+        # `equal` stops at the first difference.
+        return [None if torch.equal(delta, delta.new_zeros(()).expand_as(delta)) else delta]
 
     with DeltaProbe(bench, deltas, 1, below=stop) as probe:
         bench.backward(batches, stop, scalar, probe.turn)

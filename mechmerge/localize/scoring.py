@@ -254,6 +254,9 @@ class Scorer:
                 measure,
                 top,
                 confidence=confidence,
+                # A component that does much and of which the screen says nothing is in no sample: where there are few, the
+                # draw alone must vouch for all but one of the best.
+                assured=None if kind == "neuron" else 1,
                 topics=self.subject.topics,
                 seed=seed,
             )

@@ -15,7 +15,7 @@ ScoreSource = Literal["anchor", "loss"]
 Measure = Literal["sufficiency", "necessity", "activation"]
 MEASURES: tuple[Measure, ...] = ("sufficiency", "necessity", "activation")
 _CURVES = ("curves", "curve_seeds", "curve_output_shares", "curve_pass_prompts")
-NAMED = ("sources", "measures", "verify", "top", "confidence", "roles", "output_prompts", "on_invalid", *_CURVES)
+NAMED = ("sources", "measures", "verify", "top", "confidence", "roles", "output_prompts", "on_invalid", "memory", *_CURVES)
 """Settings whose units are named by what they hold, so that changing them keeps everything else."""
 
 
@@ -64,6 +64,10 @@ class LocalizeSettings(LocalizePlan):
     batch: int = Field(default=4, ge=1)
     """Prompts a forward pass with gradients."""
     device: str = "cpu"
+    memory: int | None = Field(default=None, ge=1)
+    """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
+    which changes no score.
+    """
     seed: int = 0
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
