@@ -131,7 +131,7 @@ def _localize_steps(prompts: Prompts, settings: LocalizeOptions, arch: Architect
 
 
 def _source_steps(name: str, settings: LocalizeOptions, arch: Architecture, below: int, n: int, mean: float) -> list[Step]:
-    """Screening and patching of `n` texts of `mean` tokens below a layer; the tokens that prompts share are counted for each."""
+    """Screening and patching of `n` texts of `mean` tokens below a layer; tokens that prompts share are counted for each."""
     depth = below / arch.layers
     batches = -(-n // settings.batch)
     steps = [Step(f"{name}: screening", 3 * n * mean * depth, again=n * mean * depth, reads=3 * depth, loads=batches * depth)]
