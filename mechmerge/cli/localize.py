@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     device_option,
     escape,
     format_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mechmerge.localize.scores import ScoreMetadata
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("expert")
 @click.option(
