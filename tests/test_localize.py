@@ -90,6 +90,27 @@ def test_screening_predicts_small_changes(base: Model, tmp_path: Path) -> None:
         assert np.abs(screen - exact).max() < 0.01 * largest, kind
 
 
+def test_an_integrated_screen_is_recorded_and_changes_nothing_else(
+    measured: Path, base: Model, expert: Model, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"integrate": 2, "verify": 0, "curves": False})
+    judged = behavior(verifier=Verifier(name="change_case:english_capital"))
+    (path,) = localize(base, expert, [judged], tmp_path, settings)
+    plain, along = read_scores(measured), read_scores(path)
+    assert (plain.metadata.integrate, along.metadata.integrate) == (0, 2)
+    for kind in SCORED_KINDS:
+        assert not np.array_equal(plain.arrays[f"{kind}.screen"], along.arrays[f"{kind}.screen"])
+    for kind in ("attention", "mlp", "layer"):
+        assert np.array_equal(plain.arrays[f"{kind}.sufficiency"], along.arrays[f"{kind}.sufficiency"]), "the base is put back"
+
+
+def test_score_files_from_before_a_field_still_read(measured: Path) -> None:
+    metadata = read_scores(measured).metadata
+    known = metadata.model_dump(mode="json")
+    del known["integrate"]
+    assert type(metadata).model_validate(known) == metadata
+
+
 def test_the_base_as_its_own_expert_is_refused(base: Model, tmp_path: Path) -> None:
     with pytest.raises(PairError, match="expected another model than the base; found equal weights"):
         localize(base, base, [behavior()], tmp_path, SETTINGS)

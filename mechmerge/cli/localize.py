@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the score files.")
 @click.option("--anchor-layer", type=click.IntRange(1), help="Residual stream after this layer (default: chosen by validity).")
+@click.option("--integrate", type=click.IntRange(0, 64), default=0, show_default=True, metavar="M",
+              help="Screen along M steps of the path from base to expert, each a screen's cost (0: at the base).")  # fmt: skip
 @click.option(
     "--verify", type=click.IntRange(0), default=16, show_default=True, help="Best heads, KV groups and neurons (each) to patch."
 )

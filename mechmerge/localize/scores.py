@@ -76,6 +76,8 @@ class ScoreMetadata(Document):
     """Largest score of the base patched with itself; always 0."""
     dtype: str
     seed: int
+    integrate: int = 0
+    """Steps of the path from base to expert that the screen was averaged over; 0: at the base (localize/path.py)."""
     verified: dict[str, int]
     """Components of each kind that were really patched."""
     curves: SetCurves | None = None

@@ -28,7 +28,8 @@ from mechmerge.localize.curve_bench import CurveBench, discard_expert
 from mechmerge.localize.curve_record import SetCurves
 from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.localize.curves import fresh_prompts, measure_curves
-from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
+from mechmerge.localize.measure import Anchor, Source, best_units, identity_control, patch_layer, screen
+from mechmerge.localize.path import along_path
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
 from mechmerge.localize.steering import Steering
 from mechmerge.models.components import SCORED_KINDS, Component, parse_component
@@ -49,6 +50,8 @@ class LocalizeSettings(Document):
 
     anchor_layer: int | None = Field(default=None, ge=1)
     """The anchor's layer; chosen by validity when None."""
+    integrate: int = Field(default=0, ge=0, le=64)
+    """Steps of the path from base to expert that screening is averaged over; 0 screens at the base (localize/path.py)."""
     verify: int = Field(default=16, ge=0)
     """Best heads, KV groups and neurons (each) by screening that are really patched; modules and layers always are."""
     prompts: int = Field(default=12, ge=2)
@@ -241,7 +244,16 @@ class _Localizer:
 
         scale = record.gap if record.gap_low > 0 else 1.0
         self.progress.start(f"{behavior.name}: screening and patching below layer {record.layer}", record.layer + 1)
-        screened = units.arrays("screen", lambda: screen(self.bench, self._batches(texts, template), anchor, source))
+
+        def screening() -> dict[str, Array]:
+            batches, own = self._batches(texts, template), self.base.checkpoint().tensor
+
+            def here(start: Source | None) -> dict[str, Array]:
+                return screen(self.bench, batches, anchor, source, start)
+
+            return along_path(self.bench, own, self.checkpoint.tensor, settings.integrate, here)
+
+        screened = units.arrays("screen", screening)
         self.progress.advance()
         means = {kind: values.mean(0) for kind, values in screened.items()}
         chosen = [Component(layer, kind) for layer in range(record.layer) for kind in MODULE_KINDS]
@@ -290,6 +302,7 @@ class _Localizer:
             identity_control=float(controlled["identity"][0]),
             dtype=settings.dtype,
             seed=settings.seed,
+            integrate=settings.integrate,
             verified={kind: sum(c.kind == kind for c in chosen) for kind in SCORED_KINDS},
             versions=versions(),
         )
