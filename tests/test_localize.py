@@ -108,6 +108,8 @@ def test_score_files_from_before_a_field_still_read(measured: Path) -> None:
     metadata = read_scores(measured).metadata
     known = metadata.model_dump(mode="json")
     del known["integrate"]
+    kept = {key: value for key, value in known["anchor"].items() if not key.startswith("stability")}
+    assert type(metadata).model_validate(known | {"anchor": kept}).anchor.stability is None
     assert type(metadata).model_validate(known) == metadata
 
 
@@ -124,6 +126,22 @@ def test_an_invalid_anchor_is_refused_and_nothing_is_written(base: Model, expert
         localize(base, expert, [judged], tmp_path / "out", SETTINGS.model_copy(update={"on_invalid": "refuse"}))
     written = [p for p in (tmp_path / "out").rglob("*.safetensors") if ".units" not in p.parts]
     assert not written
+
+
+def test_an_unstable_anchor_is_refused_with_its_reason(base: Model, expert: Model, tmp_path: Path) -> None:
+    """Prompts that ask for something else each: their differences have no common direction."""
+    asked = ["zq! 7", "What is 23 plus 45?", "aaaa aaaa", "(((", "the river", "Use capital letters", "% & %", "mountain 99"]
+    pairs = tuple(
+        Pair(**{"with": f"Tell {i}{i}{i}. {ask}", "without": f"{ask[::-1]} tell {i}."}) for i, ask in enumerate(asked)
+    )
+    settings = SETTINGS.model_copy(update={"on_invalid": "refuse"})
+    with pytest.raises(LocalizeError, match=r"not valid.*unstable: .*--invalid-anchor report"):
+        localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "out", settings)
+    (path,) = localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "told", SETTINGS)
+    anchor = read_scores(path).metadata.anchor
+    assert not anchor.valid
+    assert anchor.stability is not None
+    assert any(reason.startswith("unstable") for reason in anchor.reasons)
 
 
 def test_a_gap_that_is_not_above_zero_gives_raw_differences(

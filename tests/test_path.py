@@ -43,8 +43,8 @@ def along(bench: Bench, base: Model, expert: Model, steps: int) -> dict[str, np.
     v = torch.ones(bench.checkpoint.arch.hidden) / bench.checkpoint.arch.hidden**0.5
     batches, theirs = [bench.encode([text]) for text in TEXTS], expert.checkpoint().tensor
 
-    def measure(start: Source | None) -> dict[str, np.ndarray]:
-        return screen(bench, batches, Anchor(ANCHOR, v), theirs, start)
+    def measure(origin: Source | None) -> dict[str, np.ndarray]:
+        return screen(bench, batches, Anchor(ANCHOR, v), theirs, origin)
 
     return along_path(bench, base.checkpoint().tensor, theirs, steps, measure)
 
@@ -105,7 +105,7 @@ def test_the_base_is_put_back_bit_for_bit(base: Model, far: Model, dtype: str) -
     before = {name: parameter.detach().clone() for name, parameter in bench.parameters.items()}
     moved: list[bool] = []
 
-    def stops(start: Source | None) -> dict[str, np.ndarray]:
+    def stops(origin: Source | None) -> dict[str, np.ndarray]:
         moved.append(any(not torch.equal(before[name], bench.weight(name)) for name in before))
         if len(moved) == 5:
             raise KeyboardInterrupt

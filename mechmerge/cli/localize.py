@@ -98,6 +98,7 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
         "anchor": "valid" if anchor.valid else "NOT VALID: " + "; ".join(anchor.reasons),
         "separation": round(anchor.separation, 3),
         "gap": round(anchor.gap, 3),
+        "stability": anchor.stability_text or "not resampled",
         "scale": metadata.scale,
         "localization": "not compared with controls" if curves is None else curves.label,
         "file": str(path),

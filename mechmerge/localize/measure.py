@@ -46,12 +46,12 @@ class Anchor:
 
 
 def screen(
-    bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Source, start: Source | None = None
+    bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Source, origin: Source | None = None
 ) -> dict[str, Array]:
     """First-order change of the state for every component below the anchor.
 
     Args:
-        start: where the differences to the expert start, by name, when the bench stands elsewhere (localize/path.py).
+        origin: where the differences to the expert start, by name, when the bench stands elsewhere (localize/path.py).
 
     Returns:
         For each scored kind, [n, L, U] in units of the state; 0 above the anchor. The prompts stand in the batches' order.
@@ -64,7 +64,7 @@ def screen(
         if not name.startswith(f"{arch.family.layers}."):
             return [None]  # nothing outside the layers is scored
         own, other = bench.weight(name), expert(name).to(bench.device)
-        own = own if start is None else start(name).to(own)
+        own = own if origin is None else origin(name).to(own)
         return [None if torch.equal(own, other) else other.to(own.dtype) - own]
 
     with DeltaProbe(bench, deltas, 1, below=anchor.layer) as probe:

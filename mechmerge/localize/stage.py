@@ -248,8 +248,8 @@ class _Localizer:
         def screening() -> dict[str, Array]:
             batches, own = self._batches(texts, template), self.base.checkpoint().tensor
 
-            def here(start: Source | None) -> dict[str, Array]:
-                return screen(self.bench, batches, anchor, source, start)
+            def here(origin: Source | None) -> dict[str, Array]:
+                return screen(self.bench, batches, anchor, source, origin)
 
             return along_path(self.bench, own, self.checkpoint.tensor, settings.integrate, here)
 
@@ -341,7 +341,7 @@ class _Localizer:
             rates = (
                 None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
             )
-            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed)
+            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed, _topics(behavior))
             write_arrays(units.folder / "anchor-file.safetensors", {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
             return record.model_dump(mode="json")
 
@@ -353,7 +353,7 @@ class _Localizer:
         """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own
         prompts.
         """
-        candidates = best_layers(states, made)
+        candidates = best_layers(states, made, _topics(behavior))
         steer = self._steering(behavior, made)
         if steer is None:
             return candidates[-1]
