@@ -124,7 +124,7 @@ def test_a_clear_anchor_is_stable_and_valid() -> None:
     assert record.stability == 1.0
     assert record.stability_cosine is not None
     assert record.stability_cosine > 0.98
-    assert record.stability_text == f"passes in 100 % of resamples, cosine {record.stability_cosine:.2f}"
+    assert record.stability_text == f"passes in 1.00 of resamples, cosine {record.stability_cosine:.2f}"
 
 
 def test_an_anchor_of_scattered_differences_is_refused_with_its_reason() -> None:
@@ -149,7 +149,7 @@ def test_an_anchor_that_passes_by_the_prompts_drawn_is_refused_with_its_reason()
     assert record.stability is not None
     assert 0 < record.stability < MIN_HELD
     (reason,) = record.reasons
-    assert reason == f"unstable: passes in {100 * record.stability:.0f} % of the resamples of its prompts < 95 %"
+    assert reason == f"unstable: passes in {record.stability:.2f} of the resamples of its prompts < {MIN_HELD}"
 
 
 def test_older_records_read_without_stability() -> None:

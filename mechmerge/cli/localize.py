@@ -98,7 +98,6 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
         "anchor": "valid" if anchor.valid else "NOT VALID: " + "; ".join(anchor.reasons),
         "separation": round(anchor.separation, 3),
         "gap": round(anchor.gap, 3),
-        "stability": anchor.stability_text or "not resampled",
         "scale": metadata.scale,
         "localization": "not compared with controls" if curves is None else curves.label,
         "file": str(path),
@@ -106,6 +105,8 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
     if output == "table":
         return row
     return row | {
+        "stability": None if anchor.stability is None else round(anchor.stability, 3),
+        "stability_cosine": None if anchor.stability_cosine is None else round(anchor.stability_cosine, 3),
         "verdict": None if curves is None else curves.verdict,
         "curves": None if curves is None else curves.model_dump(mode="json"),
     }

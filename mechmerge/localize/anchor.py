@@ -201,9 +201,7 @@ def judge(
     if plain is not None and steered is not None and not steered > plain:
         reasons.append(f"steering the base does not raise the pass rate ({plain:.2f} → {steered:.2f})")
     if stable.held < MIN_HELD:
-        reasons.append(
-            f"unstable: passes in {100 * stable.held:.0f} % of the resamples of its prompts < {100 * MIN_HELD:.0f} %"
-        )
+        reasons.append(f"unstable: passes in {stable.held:.2f} of the resamples of its prompts < {MIN_HELD}")
     if stable.cosine < MIN_COSINE:
         reasons.append(f"unstable: cosine {stable.cosine:.2f} < {MIN_COSINE} with the vectors of resampled prompts")
     return unit, AnchorRecord(

@@ -68,7 +68,7 @@ class AnchorRecord(Document):
         """The bootstrap's figures in words; None where it was not done."""
         if self.stability is None or self.stability_cosine is None:
             return None
-        return f"passes in {100 * self.stability:.0f} % of resamples, cosine {self.stability_cosine:.2f}"
+        return f"passes in {self.stability:.2f} of resamples, cosine {self.stability_cosine:.2f}"
 
 
 class ScoreMetadata(Document):
