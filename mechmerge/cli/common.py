@@ -153,6 +153,16 @@ def memory_guard() -> Iterator[None]:
         ) from None  # fmt: skip
 
 
+class BehaviorCommand(click.Command):
+    """A command whose help ends with the names of the built-in behaviours."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from mechmerge.behaviors.schema import builtin_names
+
+        with formatter.section("Built-in behaviours"):
+            formatter.write_text(", ".join(builtin_names()))
+
+
 def wide_console() -> Console:
     """A console on stdout that is at least 100 columns wide where stdout is no terminal."""
     from rich.console import Console

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     calibration_options,
     device_option,
     format_option,
@@ -23,7 +24,7 @@ from mechmerge.cli.common import (
 )
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @calibration_options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     CountOrAuto,
     device_option,
     escape,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mechmerge.localize.scores import ScoreMetadata
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("expert")
 @click.option(
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
               help="Confidence that --verify auto stops at.")  # fmt: skip
 @click.option("--role-threshold", "thresholds", multiple=True, metavar="NAME=VALUE",
               help="What counts as high for a role: module, head, neuron or output (shares), low, errors; repeat.")  # fmt: skip
+@click.option("--integrate", type=click.IntRange(0, 64), default=0, show_default=True, metavar="M",
+              help="Screen along M steps of the path from base to expert, each a screen's cost (0: at the base).")  # fmt: skip
 @click.option(
     "--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on."
 )
@@ -144,6 +147,7 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
     if output == "table":
         return row
     return row | {
+        **{name: None if anchor is None else getattr(anchor, name) for name in ("stability", "stability_cosine")},
         "verdict": None if curves is None else curves.verdict,
         "roles": None if metadata.roles is None else metadata.roles.model_dump(mode="json"),
         "verification": {kind: record.model_dump(mode="json") for kind, record in metadata.verification.items()},

@@ -295,7 +295,7 @@ class _Localization:
         try:
             controls = scorer.controls()
             self.progress.advance()
-            screened = scorer.screened(settings.batch)
+            screened = scorer.screened(settings.batch, settings.integrate)
             self.progress.advance()
             means = {kind: values.mean(0) for kind, values in screened.items()}
             verification: dict[str, VerificationRecord] = {}
@@ -337,6 +337,7 @@ class _Localization:
             identity_control=controls.identity,
             dtype=self.settings.dtype,
             seed=self.settings.seed,
+            integrate=self.settings.integrate,
             roles=thirds,
             versions=versions(),
             **told,
