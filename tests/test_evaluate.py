@@ -21,7 +21,7 @@ from mechmerge.evaluate.suites import Suite, SuitePrompt, load_suite
 from mechmerge.evaluate.table import headlines, markdown_pairs, markdown_table, render_table
 from mechmerge.models.load import load_model, load_tokenizer, quiet
 from mechmerge.models.references import resolve
-from tests.punkt import without_punkt
+from tests.nltk_home import without_punkt
 from tests.test_generation import Recorder, lively
 
 SETTINGS = EvaluateSettings(dtype="float32", batch=4, resamples=200)
