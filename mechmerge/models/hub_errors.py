@@ -7,8 +7,8 @@ Status codes and their meaning are those of the Hub (https://huggingface.co/docs
 from __future__ import annotations
 
 import contextlib
-import logging
 import json
+import logging
 import re
 from collections.abc import Iterator
 
