@@ -160,7 +160,7 @@ class Campaign:
         return self._starts[first]
 
     def cases(self, *, dealt: bool = False) -> Iterator[Case]:
-        """Every kind at every request of both publications, or one at each, dealt out in turn; half a body where there is one."""
+        """Every kind at every request of both publications, or one at each, dealt out in turn (`half` needs a body)."""
         turn = len(KINDS) // 2 * self.hub.xet
         for first in (True, False):
             for index, (request, length) in enumerate(self.start(first).requests):
