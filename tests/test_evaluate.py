@@ -121,7 +121,17 @@ def test_the_file_gives_back_the_evaluation_in_its_order(done, trio):
     assert markdown_table(read) == markdown_table(evaluation)
 
 
-@pytest.mark.parametrize(("old", "new"), [('"merge": {', '"a|b": {'), ('"zoo.plain": {', '"zoo.<b>": {')])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"merge": {', '"a|b": {'),
+        ('"merge": {', '"[a](http://b)": {'),
+        ('"zoo.plain": {', '"zoo.<b>": {'),
+        ('"zoo.plain": {', '"zoo.[a](http://b)": {'),
+        ('"zoo.plain": {', '"zoo.**a**": {'),
+        ('"zoo": {', '"zoo|x": {'),
+    ],
+)
 def test_names_that_would_break_out_of_tables_are_refused(old, new, done, tmp_path):
     text = (done[1] / "evaluation.json").read_text()
     assert old in text
