@@ -1,0 +1,1 @@
+"""Planted truth: does localization find the components that were really trained?"""
