@@ -21,7 +21,7 @@ from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once the layers of interest have run."""
 
 
@@ -71,12 +71,18 @@ class Bench:
             LocalizeError: a prompt is longer than the model's context.
         """
         encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        if limit is not None and encoded.input_ids.shape[1] > limit:
-            raise LocalizeError(
-                "prompts", expected=f"at most {limit} tokens (the model's context)", found=str(encoded.input_ids.shape[1])
-            )
+        self.check_length(encoded.input_ids.shape[1])
         return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
+
+    def check_length(self, tokens: int) -> None:
+        """Refuses a prompt of so many tokens that does not fit into the model's context.
+
+        Raises:
+            LocalizeError: it does not.
+        """
+        limit = getattr(self.module.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise LocalizeError("prompts", expected=f"at most {limit} tokens (the model's context)", found=str(tokens))
 
     def encode_answers(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Batch, torch.Tensor]:
         """Puts (prompt, answer) token ids into one left-padded batch.
@@ -106,9 +112,9 @@ class Bench:
 
         def after(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
+            raise Stop
 
-        with _hooked(self.layers[stop - 1].register_forward_hook(after)), contextlib.suppress(_Stop):
+        with hooked(self.layers[stop - 1].register_forward_hook(after)), contextlib.suppress(Stop):
             self._call(batch)
         return found[0]
 
@@ -130,7 +136,7 @@ class Bench:
         handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers[:stop]]
         with contextlib.ExitStack() as stack:
             for handle in handles:
-                stack.enter_context(_hooked(handle))
+                stack.enter_context(hooked(handle))
             inputs.append(self.run(batch, stop))
         return Trace(inputs, arguments)
 
@@ -152,6 +158,10 @@ class Bench:
         read = source.tensor if isinstance(source, Checkpoint) else source
         for name, parameter in self.parameters.items():
             parameter.copy_(read(name))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The tensor of that name as it stands; not to be changed."""
+        return self.parameters[name].detach()
 
     @contextlib.contextmanager
     def patched(self, blocks: Iterable[tuple[Block, int | None]], source: Callable[[str], torch.Tensor]) -> Iterator[None]:
@@ -211,7 +221,8 @@ class Trace:
 
 
 @contextlib.contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
+def hooked(handle: Any) -> Iterator[None]:
+    """Removes a hook at the end of the `with`."""
     try:
         yield
     finally:

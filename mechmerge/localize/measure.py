@@ -30,6 +30,15 @@ class Anchor:
     layer: int
     vector: torch.Tensor
 
+    @property
+    def positions(self) -> int:
+        """Only the last prompt token is read."""
+        return 1
+
+    def read(self, residual: torch.Tensor) -> torch.Tensor:
+        """s(θ; x), [..., n], from the residual stream at the last prompt token, [..., n, 1, D]."""
+        return residual[..., -1, :].float() @ self.vector
+
     def state(self, residual: torch.Tensor) -> torch.Tensor:
         """s(θ; x) at the last prompt token, [n], from the residual stream [n, T, D]."""
         return residual[:, -1].float() @ self.vector

@@ -47,6 +47,8 @@ class Family:
     """True for GPT-2's Conv1D, whose weights are [in, out]."""
     attention_rest: tuple[str, ...] = ()
     """Modules of the attention that no head and no KV group owns."""
+    joint_heads: bool = False
+    """True where a norm spans the queries (or keys) of all heads, so that a head's weights change what other heads compute."""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     tied_by_default: bool = False
     """What transformers assumes where config.json does not say whether the head is tied."""
@@ -73,6 +75,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "OLMo 2",
         ("olmo2",),
+        joint_heads=True,
         attention_rest=("self_attn.q_norm", "self_attn.k_norm"),
         norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),

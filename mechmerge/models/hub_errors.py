@@ -175,10 +175,12 @@ def _out_of_reach(where: str, found: str) -> MissingError:
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """Without the client's own warnings about requests that fail: what became of them is said once, by us."""
+    import logging as levels
+
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(levels.ERROR)
     try:
         yield
     finally:
