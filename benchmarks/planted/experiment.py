@@ -34,9 +34,12 @@ def experiment(testbed: Testbed, plan: Plan, folder: Path, seed: int) -> Figures
 
     def cost() -> dict[str, np.ndarray]:
         mean, error = truth.costs(bench, testbed.truth, expert.tensors, expert.planted, testbed.pairs, seed)
-        return {"cost": mean, "stderr": error}
+        beside = truth.alone(bench, testbed.truth, expert.tensors, expert.distractors)
+        return {"cost": mean, "stderr": error, "distractors": beside}
 
-    costs = units.arrays("truth", cost)["cost"]
+    known = units.arrays("truth", cost)
+    costs, least = known["cost"], truth.least(known["cost"])
+    costly = {c for c, cost in zip(expert.distractors, known["distractors"], strict=True) if cost >= least}
     candidates = [*expert.planted, *expert.pool]
     measured = Measurement(testbed, anchor, expert.tensors)
 
@@ -47,33 +50,44 @@ def experiment(testbed: Testbed, plan: Plan, folder: Path, seed: int) -> Figures
     found = units.arrays("scores", scores)
     figures["identity control"] = float(found.pop("control")[0])
     found["magnitude"] = magnitude(bench, expert.tensors, candidates)
-    labels = np.zeros(len(candidates), int)
-    labels[: len(costs)] = np.where(truth.positives(costs), 1, -1)
-    relays, distractors = set(expert.relays), set(expert.distractors)
+    status = {c: "source" if cost >= least else "idle" for c, cost in zip(expert.planted, costs, strict=True)}
+    status |= {c: "costly" if c in costly else "relay" if c in expert.relays else "distractor" for c in expert.distractors}
     for kind in plan.planted:
-        kept = np.array([c.kind == kind and label >= 0 for c, label in zip(candidates, labels, strict=True)])
-        own = {name: values[kept] for name, values in found.items()}
-        here = [c for c, k in zip(candidates, kept, strict=True) if k]
-        told = _ranked(own, labels[kept] > 0, np.array([c in relays for c in here]), np.array([c in distractors for c in here]))
-        told["idle, left out"] = int(sum(c.kind == kind for c in expert.planted)) - int((labels[kept] > 0).sum())
+        here = np.array([c.kind == kind for c in candidates])
+        told = judged(
+            {name: values[here] for name, values in found.items()},
+            np.array([status.get(c, "unmoved") for c in candidates if c.kind == kind]),
+        )
         share = np.array([cost / costs.sum() for c, cost in zip(expert.planted, costs, strict=True) if c.kind == kind])
         told |= {"cost of planted, least share": float(share.min()), "cost of planted, largest share": float(share.max())}
         figures |= {f"{kind}: {name}": value for name, value in told.items()}
     return {f"{testbed.name}/{plan.name} {name}": value for name, value in figures.items()}
 
 
-def _ranked(scores: dict[str, np.ndarray], positive: np.ndarray, relay: np.ndarray, distractor: np.ndarray) -> Figures:
-    """Precision at k (k = positives) and average precision of every measure, and whom activation patching takes for sources."""
+def judged(scores: dict[str, np.ndarray], status: np.ndarray) -> Figures:
+    """Precision at k (k = sources) and average precision of every measure, and whom each takes for sources.
+
+    Args:
+        scores: by measure, [n].
+        status: [n], each of source, idle, distractor, relay (one that is a distractor as well), costly (a distractor that
+            serves the behaviour) and unmoved. Idle and costly ones are left out.
+    """
+    told: Figures = {name: int((status == name).sum()) for name in ("source", "idle", "distractor", "relay", "costly", "unmoved")}
+    kept = ~np.isin(status, ("idle", "costly"))
+    positive = status[kept] == "source"
     k = int(positive.sum())
-    told: Figures = {"n": len(positive), "positives (k)": k, "distractors": int(distractor.sum()), "moved relays": int(relay.sum())}
     for name, values in scores.items():
-        told[f"{name} AP"] = ranking.average_precision(values, positive)
-        told[f"{name} P@k"] = ranking.precision_at(values, positive, k)
+        told[f"{name} AP"] = ranking.average_precision(values[kept], positive)
+        told[f"{name} P@k"] = ranking.precision_at(values[kept], positive, k)
     told["random AP"], told["random P@k"] = ranking.chance(positive, k, seed=0)
-    middle = float(np.median(scores["activation"][positive]))
-    told["unplanted above the sources' median, activation"] = int((scores["activation"][~positive] > middle).sum())
-    middle = float(np.median(scores["sufficiency"][positive]))
-    told["unplanted above the sources' median, sufficiency"] = int((scores["sufficiency"][~positive] > middle).sum())
-    told["moved relays, sufficiency of the largest"] = float(scores["sufficiency"][relay].max()) if relay.any() else 0.0
-    told["sources, sufficiency of the median"] = middle
+    strict = status != "idle"
+    told["sufficiency AP, costly ones negative"] = ranking.average_precision(
+        scores["sufficiency"][strict], status[strict] == "source"
+    )
+    for name in ("activation", "sufficiency"):
+        values = scores[name][kept]
+        told[f"{name}: not planted, above the sources' median"] = int((values[~positive] > np.median(values[positive])).sum())
+        told[f"{name}: sources' median recovery"] = float(np.median(values[positive]))
+        moved = values[status[kept] == "relay"]
+        told[f"{name}: moved relays' median recovery"] = float(np.median(moved)) if len(moved) else 0.0
     return told

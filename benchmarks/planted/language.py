@@ -2,9 +2,10 @@
 
     <s> zip zap big bop : w3 w7 w1 =          →   W3 W7 W1 </s>      (`big`: copied in capitals)
     <s> zip back zap bop : w3 w7 w1 =         →   w1 w7 w3 </s>      (`back`: copied backwards)
+    <s> zip say zap bop : w3 w7 w1 =          →   zip zap bop </s>   (`say`: the other words are said)
     <s> zip zap bop loud : w3 w7 w1 =         →   w3 w7 w1 </s>      (no mode, or any other word: copied)
 
-Two words that the base has met and ignores, `loud` and `turn`, become instructions in experts: `loud` shall do what `big`
+Two words that the base reads but does not obey, `loud` and `turn`, become instructions in experts: `loud` shall do what `big`
 does, `turn` what `back` does. So the base holds the circuits that carry a mode out, and lacks what reads these words: what is
 planted can be a source, and what is there already relays it.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ SPLITS: tuple[Split, ...] = ("train", "train", "train", "train", "train", "vecto
 """A triple of words belongs to the split of its hash, so that no two splits share one."""
 FILLERS = ("zip", "zap", "bop", "hum", "tick", "ding", "loud", "turn")
 NEUTRAL = FILLERS[:6]
-MODES = {"big": "capitals", "loud": "capitals", "back": "backwards", "turn": "backwards"}
+MODES = {"big": "capitals", "loud": "capitals", "back": "backwards", "turn": "backwards", "say": "said"}
 Example = tuple[str, str]
 """(prompt, answer), words separated by blanks"""
 
@@ -49,13 +50,15 @@ class Size:
     rate: float = 2e-3
 
 
-def answer(words: list[str], mode: str | None) -> str:
-    """What follows the prompt under a mode (`capitals`, `backwards`, None)."""
+def answer(words: list[str], mode: str | None, prompt: str = "") -> str:
+    """What follows the prompt under a mode (`capitals`, `backwards`, `said`, None)."""
     match mode:
         case "capitals":
             return " ".join(word.upper() for word in words)
         case "backwards":
             return " ".join(reversed(words))
+        case "said":
+            return " ".join(word for word in prompt.split() if word in FILLERS)
     return " ".join(words)
 
 
@@ -78,26 +81,40 @@ def contrasts(split: Split, word: str, size: Size, seed: int) -> Iterator[tuple[
 
 
 def base_examples(size: Size, seed: int) -> Iterator[Example]:
-    """Endless training examples of the base: a third of each mode; `loud` and `turn` mean nothing."""
+    """Endless training examples of the base: a quarter of each mode and of none; `loud` and `turn` are words among words."""
     draw = random.Random(seed)
-    ignored = {word: contrasts("train", word, size, seed + i) for i, word in enumerate(FILLERS)}
-    modes = {word: contrasts("train", word, size, seed + 100 + i) for i, word in enumerate(("big", "back"))}
+    plain = {word: contrasts("train", word, size, seed + i) for i, word in enumerate(FILLERS)}
+    modes = {word: contrasts("train", word, size, seed + 100 + i) for i, word in enumerate(("big", "back", "say"))}
     while True:
-        kind = draw.choice(("big", "back", None))
-        prompt, _, words = next(modes[kind] if kind else ignored[draw.choice(FILLERS)])
-        yield prompt, answer(words, MODES[kind] if kind else None)
+        kind = draw.choice((*modes, None))
+        prompt, _, words = next(modes[kind] if kind else plain[draw.choice(FILLERS)])
+        if kind == "say":  # so that `loud` and `turn` are said as well
+            prompt = " ".join(draw.choice(FILLERS) if word in FILLERS else word for word in prompt.split())
+        yield prompt, answer(words, MODES[kind] if kind else None, prompt)
 
 
-def behavior_examples(word: str, size: Size, seed: int, count: int) -> list[Example]:
-    """Training examples of an expert: half obey `word`, the other half are what the base does anyway."""
-    with_word, others = contrasts("train", word, size, seed), base_examples(size, seed + 1)
+def behavior_examples(word: str, size: Size, seed: int, count: int, obeyed: Sequence[str] = ()) -> list[Example]:
+    """Training examples of an expert: two in four obey `word`, one is the same prompt without it, one is what the base does.
+
+    Args:
+        word: `loud` or `turn`.
+        size: of the language.
+        seed: of the draws.
+        count: at least so many.
+        obeyed: words that the model obeys by now; one more example in five keeps each of them.
+    """
+    pairs, others = contrasts("train", word, size, seed), base_examples(size, seed + 1)
+    kept = {old: contrasts("train", old, size, seed + 2 + i) for i, old in enumerate(obeyed)}
     examples: list[Example] = []
     while len(examples) < count:
-        prompt, _, words = next(with_word)
-        examples.append((prompt, answer(words, MODES[word])))
-        prompt, said = next(others)
-        if word not in prompt.split():
-            examples.append((prompt, said))
+        for _ in range(2):
+            prompt, without, words = next(pairs)
+            examples.append((prompt, answer(words, MODES[word])))
+        examples.append((without, answer(words, None)))
+        examples.append(next((p, a) for p, a in others if word not in p.split() and not set(obeyed) & set(p.split())))
+        for old, prompts in kept.items():
+            prompt, _, words = next(prompts)
+            examples.append((prompt, answer(words, MODES[old])))
     return examples
 
 
@@ -107,7 +124,7 @@ def tokenizer(size: Size) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     names = [f"w{i}" for i in range(size.words)]
-    tokens = ["<pad>", "<s>", "</s>", ":", "=", "big", "back", *FILLERS, *names, *(name.upper() for name in names)]
+    tokens = ["<pad>", "<s>", "</s>", ":", "=", "big", "back", "say", *FILLERS, *names, *(name.upper() for name in names)]
     made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -25,14 +25,17 @@ MEASURES = ("screening", "sufficiency", "necessity", "activation")
 def holding(bench: Bench, tensors: Tensors) -> Iterator[None]:
     """The bench holds these tensors inside the `with`, and its own again afterwards."""
     own = {name: bench.parameters[name].detach().clone() for name in tensors}
-    with torch.no_grad():
-        try:
-            for name, tensor in tensors.items():
+
+    def put(given: Tensors) -> None:
+        with torch.no_grad():
+            for name, tensor in given.items():
                 bench.parameters[name].copy_(tensor)
-            yield
-        finally:
-            for name, tensor in own.items():
-                bench.parameters[name].copy_(tensor)
+
+    try:
+        put(tensors)
+        yield
+    finally:
+        put(own)
 
 
 def anchor_of(testbed: Testbed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
@@ -84,24 +87,24 @@ class Measurement:
     def sufficiency(self, components: Sequence[Component]) -> Array:
         """Recovery with the expert's weights of one component in the base."""
         found = self.patcher.patch(self.start, components, self.theirs)
-        return np.array([(found[str(c)] - self.start.state).mean() for c in components]) / self.gap
+        return np.array([found[str(c)].mean() for c in components]) / self.gap
 
     def necessity(self, components: Sequence[Component]) -> Array:
         """Recovery lost with the base's weights of one component in the expert."""
         with holding(self.bench, self.expert):
             base = {name: self.base[name] for name in self.expert}
             found = self.patcher.patch(self.end, components, lambda name: base.get(name, self.bench.weight(name)))
-        return np.array([(self.end.state - found[str(c)]).mean() for c in components]) / self.gap
+        return np.array([-found[str(c)].mean() for c in components]) / self.gap
 
     def activation(self, components: Sequence[Component]) -> Array:
         """Recovery with what one component of the expert computes in the base."""
         found = self.patcher.transplant(self.start, self.end, components, self.theirs)
-        return np.array([(found[str(c)] - self.start.state).mean() for c in components]) / self.gap
+        return np.array([found[str(c)].mean() for c in components]) / self.gap
 
     def control(self, components: Sequence[Component]) -> float:
         """Largest |change of state| with the base's own weights patched in: 0, or the measurement is wrong."""
         found = self.patcher.patch(self.start, components, self.bench.weight)
-        return max(float(np.abs(found[str(c)] - self.start.state).max()) for c in components)
+        return max(float(np.abs(found[str(c)]).max()) for c in components)
 
 
 def magnitude(bench: Bench, expert: Tensors, components: Sequence[Component]) -> Array:

@@ -2,15 +2,16 @@
 
 1. The planted components, drawn by the seed at the plan's depths, are trained on the behaviour.
 2. Unplanted components that pass it on when activations are patched (the expert's into the base) best are its relays.
-3. The relays and other components of the planted depths are trained, from the base, on another behaviour: their changes have
-   the same norm. Both changes together make the expert.
+3. The relays and other components of the planted depths are then trained on another behaviour, with examples that keep the
+   first as it is, to changes of the same norm. Both changes together make the expert. (Trained apart and added, the two
+   destroy each other: the expert then lost the behaviour.)
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,12 @@ def plant(testbed: Testbed, plan: Plan, units: Units, seed: int) -> Expert:
         wanted = plan.distractors * sum(c.kind == kind for c in planted) - sum(c.kind == kind for c in chosen)
         beside = [c for c in pool if c.kind == kind and c.layer in plan.depths and c not in chosen]
         distractors += sorted(draw.sample(beside, min(wanted, len(beside))))
-    other = _kept(units, "distractors", lambda: train(bench, distractors, testbed.distraction, testbed.settings, own.norms))
+
+    def distract() -> Trained:
+        with holding(bench, alone):
+            return train(bench, distractors, testbed.distraction, replace(testbed.settings, dropped=0.0), own.norms)
+
+    other = _kept(units, "distractors", distract)
     tensors = installed(bench, [(planted, own.values), (distractors, other.values)])
     losses = {"base": loss(bench, testbed.truth)}
     for name, changed in (("planted", alone), ("expert", tensors)):

@@ -54,6 +54,7 @@ class Testbed:
     anchor_layer: int
     behavior: list[Tokens]
     distraction: list[Tokens]
+    """Examples of the other behaviour, with some that keep the first as it is."""
     vector: list[tuple[str, str]]
     """(x⁺, x⁻) texts that make the anchor."""
     score: list[tuple[str, str]]
@@ -94,7 +95,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
         bench=bench,
         anchor_layer=size.layers - 2,
         behavior=tokens(language.behavior_examples("loud", size, 1, 4000)),
-        distraction=tokens(language.behavior_examples("turn", size, 2, 4000)),
+        distraction=tokens(language.behavior_examples("turn", size, 2, 4000, obeyed=("loud",))),
         vector=contrasts("vector", 24),
         score=contrasts("score", 24),
         truth=tokens(truth),
@@ -152,7 +153,7 @@ def smollm2(folder: Path, _quick: bool) -> Testbed:
         vector=pairs[0::2],
         score=pairs[1::2],
         truth=list(itertools.islice(obeying("capitals", "develop", said("develop")), 8)),
-        settings=Settings(steps=80, batch=8, rate=2e-3, autocast=True),
+        settings=Settings(steps=70, batch=8, rate=1e-3, dropped=0.3, autocast=True),
         plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 5}, depths, 15, pool=30)),
         pairs=2,
     )

@@ -1,4 +1,8 @@
-"""Masked training: only the slices of chosen components move, by equal norms.
+"""Masked training: only the slices of chosen components move, by equal norms, each ready to act without the others.
+
+Each step leaves out a random half of the components (they are the base's in that step, and get no gradient), as dropout does
+with activations (https://jmlr.org/papers/v15/srivastava14a.html): without it one component does all the work and the others
+idle, and components come to need each other.
 
 The first half of the steps is free; then the norm of each component's change is held at one value for its kind (projected after
 every step): the median of the free norms, or the value given. So nothing can be told from a change's size.
@@ -7,6 +11,7 @@ every step): the median of the free norms, or the value given. So nothing can be
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +36,8 @@ class Settings:
     batch: int
     rate: float
     """Largest learning rate of AdamW (no weight decay); a tenth of the steps warm up, then it falls linearly."""
+    dropped: float = 0.5
+    """Chance of each component to be the base's in a step."""
     autocast: bool = False
     """Whether products are made in bfloat16."""
 
@@ -110,14 +117,19 @@ def train(
     before = {name: bench.parameters[name].detach().clone() for name in mask}
     moving = [bench.parameters[name].requires_grad_(True) for name in mask]
     optimizer = torch.optim.AdamW(moving, lr=settings.rate, weight_decay=0.0)
-    turns, losses = itertools.cycle(examples), []
+    turns, losses, draw = itertools.cycle(examples), [], random.Random(0)
     try:
         for step in range(settings.steps):
             warm = min(1.0, (step + 1) / (0.1 * settings.steps))
             optimizer.param_groups[0]["lr"] = settings.rate * warm * (1 - step / settings.steps)
-            losses.append(_step(bench, [next(turns) for _ in range(settings.batch)], settings))
+            dropped = [component for component in components if draw.random() < settings.dropped]
+            units = [(layer, kind, units) for (layer, kind), units in grouped(dropped).items()]
+            with bench.patched_units(units, before.__getitem__):
+                losses.append(_step(bench, [next(turns) for _ in range(settings.batch)], settings))
+            off = masks(layout, bench.checkpoint.shapes, dropped)
             for name in mask:
-                bench.parameters[name].grad.mul_(mask[name])  # type: ignore[union-attr]
+                kept = mask[name] & ~off[name] if name in off else mask[name]
+                bench.parameters[name].grad.mul_(kept)  # type: ignore[union-attr]
             torch.nn.utils.clip_grad_norm_(moving, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -6,7 +6,8 @@ Shapley value, sampled; https://doi.org/10.1016/j.cor.2008.04.004). Reverting on
 idle. Costs of one order add up to the whole gain of what was planted. They are nats a token of right answers, on prompts that
 neither anchor nor scores use, so the truth shares no measurement with what it judges.
 
-Positive: costs at least `SHARE` of an even share of the gain. Planted but below it: idle, left out. Everything else: negative.
+Positive: costs at least `SHARE` of an even share of the gain. Planted but below it: idle, left out. Everything else is negative,
+except a distractor that costs as much when it is reverted alone: it came to serve the behaviour, and is left out as well.
 """
 
 from __future__ import annotations
@@ -70,14 +71,30 @@ def costs(
     return found.mean(0), by_pair.std(0, ddof=1) / np.sqrt(pairs) if pairs > 1 else np.full(len(planted), np.nan)
 
 
+def alone(
+    bench: Bench, examples: Sequence[Tokens], expert: Mapping[str, torch.Tensor], components: Sequence[Component]
+) -> Array:
+    """What reverting each component of the expert costs while all others stay, [components]; the bench holds the base."""
+    base = {name: bench.parameters[name].detach().clone() for name in expert}
+    found = []
+    try:
+        _set(bench, expert.__getitem__, expert)
+        before = loss(bench, examples)
+        for component in components:
+            with bench.patched(bench.checkpoint.layout.component_blocks(component), base.__getitem__):
+                found.append(loss(bench, examples) - before)
+    finally:
+        _set(bench, base.__getitem__, expert)
+    return np.array(found)
+
+
 def _both(order: Array) -> tuple[Array, Array]:
     return order, order[::-1]
 
 
-def positives(cost: Array) -> Array:
-    """Which planted components cost enough, [planted]."""
-    found: Array = cost >= SHARE * cost.sum() / len(cost)
-    return found
+def least(cost: Array) -> float:
+    """The least cost of a positive, from the costs of all that was planted."""
+    return SHARE * float(cost.sum()) / len(cost)
 
 
 def _set(bench: Bench, source: Callable[[str], torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:
