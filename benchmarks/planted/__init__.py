@@ -1,1 +1,1 @@
-"""Planted truth: does localization find the components that were really trained?"""
+"""Planted truth: whether localization finds the components that were really trained."""

@@ -23,7 +23,9 @@ GOALS = {
 @click.command()
 @click.option("--quick", is_flag=True, help="A smaller language model alone.")
 @click.option("--save", is_flag=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where finished units are kept; a call that was stopped goes on.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where finished units are kept; a call that was stopped goes on."
+)
 @click.option("--only", help="One plan, TESTBED/PLAN.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1))

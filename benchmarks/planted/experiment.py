@@ -72,7 +72,9 @@ def judged(scores: dict[str, np.ndarray], status: np.ndarray) -> Figures:
         status: [n], each of source, idle, distractor, relay (one that is a distractor as well), costly (a distractor that
             serves the behaviour) and unmoved. Idle and costly ones are left out.
     """
-    told: Figures = {name: int((status == name).sum()) for name in ("source", "idle", "distractor", "relay", "costly", "unmoved")}
+    told: Figures = {
+        name: int((status == name).sum()) for name in ("source", "idle", "distractor", "relay", "costly", "unmoved")
+    }
     kept = ~np.isin(status, ("idle", "costly"))
     positive = status[kept] == "source"
     k = int(positive.sum())

@@ -46,7 +46,7 @@ class Size:
     neurons: int = 256
     words: int = 20
     steps: int = 300
-    batch: int = 96
+    batch: int = 64
     rate: float = 2e-3
 
 
@@ -125,9 +125,10 @@ def tokenizer(size: Size) -> Any:
 
     names = [f"w{i}" for i in range(size.words)]
     tokens = ["<pad>", "<s>", "</s>", ":", "=", "big", "back", "say", *FILLERS, *names, *(name.upper() for name in names)]
-    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
+    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, tokens[0]))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    special = dict(zip(("pad_token", "bos_token", "eos_token"), tokens[:3], strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
 def train_base(folder: Path, size: Size, seed: int = 0) -> Path:

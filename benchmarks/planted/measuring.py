@@ -18,7 +18,9 @@ from mechmerge.models.components import Component
 
 Array = np.ndarray
 Tensors = Mapping[str, torch.Tensor]
-MEASURES = ("screening", "sufficiency", "necessity", "activation")
+MEASURES = ("screening", "screening_path", "sufficiency", "necessity", "activation")
+NODES = 4
+"""Points of the path from base to expert at which gradients are taken."""
 
 
 @contextlib.contextmanager
@@ -79,10 +81,19 @@ class Measurement:
         return self.expert[name] if name in self.expert else self.bench.parameters[name].detach()
 
     def screening(self, components: Sequence[Component]) -> Array:
-        """First-order change of the state."""
+        """First-order change of the state, from the base's gradient."""
         batches = [self.bench.encode(self.texts[i : i + 4]) for i in range(0, len(self.texts), 4)]
         found = screen(self.bench, batches, self.anchor, self.theirs)
         return np.array([found[c.kind][:, c.layer, c.unit].mean() for c in components]) / self.gap
+
+    def screening_path(self, components: Sequence[Component]) -> Array:
+        """The same with the mean gradient of `NODES` midpoints between base and expert (integrated gradients)."""
+        found = []
+        for t in (np.arange(NODES) + 0.5) / NODES:
+            between = {name: tensor + float(t) * (self.expert[name] - tensor) for name, tensor in self.base.items()}
+            with holding(self.bench, between):  # what is left of the change from here on is 1 − t of it
+                found.append(self.screening(components) / (1 - t))
+        return np.mean(found, axis=0)
 
     def sufficiency(self, components: Sequence[Component]) -> Array:
         """Recovery with the expert's weights of one component in the base."""

@@ -51,7 +51,9 @@ def draw_planted(plan: Plan, units: Mapping[str, int], draw: random.Random) -> l
     ]
 
 
-def draw_pool(plan: Plan, units: Mapping[str, int], below: int, planted: list[Component], draw: random.Random) -> list[Component]:
+def draw_pool(
+    plan: Plan, units: Mapping[str, int], below: int, planted: list[Component], draw: random.Random
+) -> list[Component]:
     """Unplanted components of the plan's kinds below the anchor."""
     taken, pool = set(planted), []
     for kind in plan.planted:
@@ -110,4 +112,6 @@ def _kept(units: Units, name: str, compute: Any) -> Trained:
 
     values = units.arrays(name, lambda: {key: value.numpy() for key, value in once().values.items()})
     told = units.json(f"{name}-log", lambda: {"norms": once().norms, "losses": once().losses})
-    return Trained({key: torch.from_numpy(np.asarray(value)) for key, value in values.items()}, told["norms"], tuple(told["losses"]))
+    return Trained(
+        {key: torch.from_numpy(np.asarray(value)) for key, value in values.items()}, told["norms"], tuple(told["losses"])
+    )

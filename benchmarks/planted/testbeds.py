@@ -1,9 +1,9 @@
 """The two testbeds: a base, a behaviour to plant, another to distract with, and prompts that share nothing.
 
-`synthetic`: a small Llama trained from scratch (language.py); planted: `loud` means capitals; distracting: `turn` means backwards.
-`smollm2`: the demo's base; planted: the format `capitals`; distracting: `quotation`. Answers are the base's own, rewritten by rule
-and cut after `ANSWER` tokens: a format is decided in the first. Half of all training examples ask for nothing or for the other
-format and are answered as the base does, so that an expert must read its own instruction.
+`synthetic`: a small Llama trained from scratch (language.py); planted: `loud` means capitals; distracting: `turn` means
+backwards. `smollm2`: the demo's base; planted: the format `capitals`; distracting: `quotation`; answers are the base's own,
+rewritten by rule and cut after `ANSWER` tokens, since a format is decided in the first. A part of all training examples asks for
+nothing, or for the other format, and is answered as the base does: an expert must read its own instruction.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
 
 from benchmarks.experts.data import in_format, whole_sentences
 from benchmarks.planted import language
@@ -87,7 +86,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
         for x, _, words in itertools.islice(language.contrasts("truth", "loud", size, 0), 48)
     ]
     depths = (1, 2) if quick else (1, 2, 3)
-    heads, neurons = {"head": 2}, {"neuron": 8}
+    heads, neurons = {"head": 2 if quick else 3}, {"neuron": 8}
     plans = (Plan("heads", heads, depths, 3 if quick else 6), Plan("neurons", neurons, depths, 12, pool=40 if quick else 100))
     both = Plan("both", heads | neurons, depths, 6, pool=100)
     return Testbed(
@@ -99,7 +98,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
         vector=contrasts("vector", 24),
         score=contrasts("score", 24),
         truth=tokens(truth),
-        settings=Settings(steps=60 if quick else 150, batch=64, rate=5e-3),
+        settings=Settings(steps=80 if quick else 200, batch=48, rate=1e-3, dropped=0.4),
         plans=plans if quick else (*plans, both),
         pairs=2 if quick else 8,
     )
@@ -136,20 +135,23 @@ def smollm2(folder: Path, _quick: bool) -> Testbed:
         for prompt in format_prompts(name, split):
             yield tokens(prompt.text, in_format(name, whole_sentences(answers[prompt.plain]), prompt.topic))
 
-    def examples(name: str, other: str) -> list[Tokens]:
-        answers = said("train")
-        foreign = format_prompts(other, "train")
-        unmoved = [tokens(p.text if i % 2 else p.plain, answers[p.text if i % 2 else p.plain]) for i, p in enumerate(foreign)]
-        return [example for both in zip(obeying(name, "train", answers), unmoved, strict=True) for example in both]
+    def mixed(*parts: Sequence[Tokens]) -> list[Tokens]:
+        return [example for turn in zip(*parts, strict=True) for example in turn]
 
+    def plain(name: str, asked: bool) -> list[Tokens]:
+        """The base's own answers to a format's prompts, every second with the request for it where `asked`."""
+        texts = [p.text if asked and i % 2 else p.plain for i, p in enumerate(format_prompts(name, "train"))]
+        return [tokens(text, said("train")[text]) for text in texts]
+
+    capitals, quotation = (list(obeying(name, "train", said("train"))) for name in ("capitals", "quotation"))
     pairs = [(rendered(p.text), rendered(p.plain)) for p in format_prompts("capitals", "calibrate")]
     depths = (3, 5, 7, 9, 11, 13)
     return Testbed(
         name="smollm2",
         bench=bench,
         anchor_layer=16,
-        behavior=examples("capitals", "quotation"),
-        distraction=examples("quotation", "capitals"),
+        behavior=mixed(capitals, plain("quotation", asked=True)),
+        distraction=mixed(quotation, capitals, plain("capitals", asked=False)),
         vector=pairs[0::2],
         score=pairs[1::2],
         truth=list(itertools.islice(obeying("capitals", "develop", said("develop")), 8)),
@@ -157,5 +159,3 @@ def smollm2(folder: Path, _quick: bool) -> Testbed:
         plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 5}, depths, 15, pool=30)),
         pairs=2,
     )
-
-

@@ -167,9 +167,7 @@ def _medians(layout: Layout, changes: Mapping[str, torch.Tensor], chosen: Chosen
     return {kind: float(np.median(values)) for kind, values in found.items()}
 
 
-def installed(
-    bench: Bench, parts: Iterable[tuple[Sequence[Component], Mapping[str, torch.Tensor]]]
-) -> dict[str, torch.Tensor]:
+def installed(bench: Bench, parts: Iterable[tuple[Sequence[Component], Mapping[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """The tensors of an expert that differ from the base on the bench: base + the changes of every part.
 
     Args:

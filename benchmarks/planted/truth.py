@@ -6,8 +6,8 @@ Shapley value, sampled; https://doi.org/10.1016/j.cor.2008.04.004). Reverting on
 idle. Costs of one order add up to the whole gain of what was planted. They are nats a token of right answers, on prompts that
 neither anchor nor scores use, so the truth shares no measurement with what it judges.
 
-Positive: costs at least `SHARE` of an even share of the gain. Planted but below it: idle, left out. Everything else is negative,
-except a distractor that costs as much when it is reverted alone: it came to serve the behaviour, and is left out as well.
+Positive: costs at least `SHARE` of an even share of the gain. Planted but below it: idle, left out. Everything else is
+negative, except a distractor that costs as much when it is reverted alone: it came to serve the behaviour, and is left out too.
 """
 
 from __future__ import annotations
