@@ -73,6 +73,26 @@ def score_file(behavior: str = "title", expert: str = "formats", *, layer: int =
     return ScoreFile(ScoreMetadata.model_validate(metadata | changes), arrays)
 
 
+def role_arrays() -> dict[str, np.ndarray]:
+    """Measures of attention and MLP whose roles are plain for an anchor after layer 4: two sources among the MLPs, two routers
+    among the attentions, an MLP after the anchor that restores the output.
+    """
+    columns = {
+        "attention.sufficiency": [0.02, 0, -0.01, 0, 0, 0],
+        "attention.activation": [0.01, 0.01, 0.5, 0.6, 0, 0],
+        "attention.output": [np.nan] * 6,
+        "mlp.sufficiency": [0.4, 0.2, 0.0, 0, 0, 0],
+        "mlp.activation": [0.4, 0.35, 0.02, 0.01, 0, 0],
+        "mlp.output": [np.nan, np.nan, np.nan, np.nan, 0.01, 0.5],
+    }
+    arrays = {name: np.array(values, np.float32)[:, None] for name, values in columns.items()}
+    for name, values in list(arrays.items()):
+        large, small = (0.05, 0.005) if name.endswith("output") else (0.02, 0.01)
+        errors = np.where(np.abs(values) > 0.03, large, small)
+        arrays[f"{name}.stderr"] = np.where(np.isnan(values), np.nan, errors).astype(np.float32)
+    return arrays
+
+
 def effect_file(seed: int = 0) -> EffectFile:
     """An effect file of two behaviours and two experts; every effect of the formats expert on formats is positive."""
     draw = np.random.default_rng(seed)

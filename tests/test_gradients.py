@@ -38,8 +38,9 @@ def test_probe_equals_finite_differences(family: str, tmp_path: Path) -> None:
         return logits[:, -1].double().log_softmax(-1)[:, 3]
 
     with DeltaProbe(bench, lambda name: [delta[name]], 1, below=2) as probe:
+        probe.turn(0)
         outcome().sum().backward()
-        scores = probe.take()
+        scores = probe.take(0)
     arch = bench.checkpoint.arch
     leaves = [(layer, kind) for layer in range(2) for kind in LEAF_KINDS] + [(-1, kind) for kind in OUTSIDE]
     checked = 0

@@ -1,7 +1,7 @@
 """One loaded model whose weights can be set, patched and put back: the bench that every measurement works on.
 
-A single copy of the weights is in memory; the other model is read from its safetensors tensor by tensor. Shapes: B prompts,
-T tokens, D residual width, L layers.
+A single copy of the weights is in memory (localize/stream.py: two layers of it); the other model is read from its
+safetensors tensor by tensor. Shapes: B prompts, T tokens, D residual width, L layers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -49,9 +49,12 @@ class Bench:
         device: torch device.
     """
 
+    open: Callable[..., Any] = staticmethod(load_model)
+    """Makes the transformers model of a folder, a dtype and a device."""
+
     def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu") -> None:
         self.checkpoint = model.checkpoint()
-        self.module: Any = load_model(model.path, dtype, device)
+        self.module: Any = self.open(model.path, dtype, device)
         self.tokenizer = load_tokenizer(model.path)
         self.device = device
         self.layers: list[torch.nn.Module] = list(self.module.get_submodule(self.checkpoint.arch.family.layers))
@@ -101,9 +104,14 @@ class Bench:
         return Batch(ids.to(self.device), mask.to(self.device)), labels.to(self.device)
 
     # ------------------------------------------------------------------------------------------------------------- forward
-    def answer_logits(self, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
-        """Logits that predict the labels of `encode_answers`, [B, K, vocabulary]."""
-        logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
+    def answer_logits(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits that predict the labels of `encode_answers`, [B, K, vocabulary].
+
+        Args:
+            residual: the residual stream after all layers, [B, T, D], where it is known: only norm and head run then.
+        """
+        with contextlib.nullcontext() if residual is None else self.passing(residual):
+            logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
 
     def run(self, batch: Batch, stop: int) -> torch.Tensor:
@@ -123,33 +131,86 @@ class Bench:
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **options
         )
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def passing(self, residual: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside the `with`, layers hand on what they get, or the residual stream given."""
+
+        def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden_states if residual is None else residual
+
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def residuals(self, batches: Sequence[Batch], stop: int) -> Iterator[torch.Tensor]:
+        """The residual stream after `stop` layers of each batch, [B, T, D]."""
+        return (self.run(batch, stop) for batch in batches)
+
+    def traces(self, batches: Sequence[Batch], stop: int) -> Iterator[Trace]:
+        """`trace` of each batch."""
+        return (self._record(batch, stop) for batch in batches)
+
     def trace(self, batch: Batch, stop: int) -> Trace:
         """Runs `stop` layers and keeps what is needed to resume at any of them."""
+        return next(iter(self.traces([batch], stop)))
+
+    @torch.no_grad()
+    def _record(self, batch: Batch, stop: int) -> Trace:
+        with self.recorder(stop) as (inputs, arguments):
+            inputs.append(self.run(batch, stop))
+        return Trace(inputs, arguments)
+
+    @contextlib.contextmanager
+    def recorder(self, stop: int) -> Iterator[tuple[list[torch.Tensor], list[Arguments]]]:
+        """Lists that fill with what the first `stop` layers are called with."""
         inputs: list[torch.Tensor] = []
-        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        arguments: list[Arguments] = []
 
         def before(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kwargs["hidden_states"])
             arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
 
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers[:stop]]
         with contextlib.ExitStack() as stack:
-            for handle in handles:
-                stack.enter_context(hooked(handle))
-            inputs.append(self.run(batch, stop))
-        return Trace(inputs, arguments)
+            for layer in self.layers[:stop]:
+                stack.enter_context(hooked(layer.register_forward_pre_hook(before, with_kwargs=True)))
+            yield inputs, arguments
 
     @torch.no_grad()
     def resume(self, trace: Trace, start: int) -> torch.Tensor:
         """The residual stream at the trace's end, [B, T, D], computed anew from layer `start` with the current weights."""
         x = trace.residual[start]
-        for layer, (positional, keywords) in zip(
-            self.layers[start : len(trace.arguments)], trace.arguments[start:], strict=True
-        ):
-            output = layer(x, *positional, **keywords)
-            x = output[0] if isinstance(output, tuple) else output
+        for layer in range(start, len(trace.arguments)):
+            x = self.step(layer, x, trace.arguments[layer])
         return x
+
+    def step(self, layer: int, x: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """One layer's output, [B, T, D], from its input and the arguments of a trace."""
+        output = self.layers[layer](x, *arguments[0], **arguments[1])
+        return output[0] if isinstance(output, tuple) else output
+
+    # ------------------------------------------------------------------------------------------------------------ backward
+    def backward(
+        self,
+        batches: Sequence[Batch],
+        stop: int,
+        scalar: Callable[[int, torch.Tensor], torch.Tensor],
+        turn: Callable[[int], None],
+    ) -> None:
+        """Sends the gradient of a scalar of each prompt back through the layers, so that hooks on modules see it.
+
+        Args:
+            batches: the prompts.
+            stop: layers that run.
+            scalar: (number of a batch, its residual stream after `stop` layers [B, T, D]) → [B].
+            turn: told the number of a batch before each part of its gradient flows.
+        """
+        for i, batch in enumerate(batches):
+            turn(i)
+            scalar(i, self.run(batch, stop)).sum().backward()
 
     # ------------------------------------------------------------------------------------------------------------- weights
     @torch.no_grad()
@@ -160,64 +221,102 @@ class Bench:
             parameter.copy_(read(name))
 
     def weight(self, name: str) -> torch.Tensor:
-        """The tensor of that name as it stands; not to be changed."""
+        """A parameter as it stands, without a gradient; valid until the next forward pass, and not to be written into."""
         return self.parameters[name].detach()
 
-    @contextlib.contextmanager
-    def patched(self, blocks: Iterable[tuple[Block, int | None]], source: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    def patched(
+        self, blocks: Iterable[tuple[Block, int | None]], source: Callable[[str], torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
         """Replaces the given blocks' units by those of `source` inside the `with`; afterwards every bit is as before.
 
         Args:
             blocks: (block, unit) pairs; unit None takes all units of the block.
             source: the other model's tensor by name.
         """
-        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            with torch.no_grad():
-                for block, unit in blocks:
-                    target = _view(self.parameters[block.tensor].data, block, unit)
-                    saved.append((target, target.clone()))
-                    target.copy_(_view(source(block.tensor), block, unit))
-            yield
-        finally:
-            for target, before in reversed(saved):
-                target.copy_(before)
+        return self._replaced([(block.tensor, _Units(block, unit)) for block, unit in blocks], source)
 
-    @contextlib.contextmanager
     def patched_units(
         self, units: Iterable[tuple[int, str, Sequence[int]]], source: Callable[[str], torch.Tensor]
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Replaces many units at once by those of `source` inside the `with`; afterwards every bit is as before.
 
         Args:
             units: (layer, leaf kind, units of that kind) triples, each (layer, kind) at most once.
             source: the other model's tensor by name.
         """
-        saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+        places: list[tuple[str, Place]] = []
+        for layer, kind, chosen in units:
+            for block in self.checkpoint.layout.blocks(layer, kind):
+                starts = block.offset + torch.as_tensor(chosen).unsqueeze(1) * block.stride
+                places.append((block.tensor, _Rows(block.dim or 0, (starts + torch.arange(block.width)).flatten())))
+        return self._replaced(places, source)
+
+    @contextlib.contextmanager
+    def _replaced(self, places: Sequence[tuple[str, Place]], source: Callable[[str], torch.Tensor]) -> Iterator[None]:
+        """Inside the `with`, places of parameters hold the values of `source`."""
+        saved: list[tuple[torch.Tensor, Place, torch.Tensor]] = []
         try:
             with torch.no_grad():
-                for layer, kind, chosen in units:
-                    for block in self.checkpoint.layout.blocks(layer, kind):
-                        target, dim = self.parameters[block.tensor].data, block.dim or 0
-                        starts = block.offset + torch.as_tensor(chosen).unsqueeze(1) * block.stride
-                        where = (starts + torch.arange(block.width)).flatten().to(target.device)
-                        saved.append((target, dim, where, target.index_select(dim, where)))
-                        theirs = source(block.tensor).index_select(dim, where.cpu())
-                        target.index_copy_(dim, where, theirs.to(target.device, target.dtype))
+                for name, place in places:
+                    target = self.parameters[name].data
+                    saved.append((target, place, place.get(target).clone()))
+                    place.put(target, place.get(source(name)))
             yield
         finally:
-            for target, dim, where, before in reversed(saved):
-                target.index_copy_(dim, where, before)
+            for target, place, before in reversed(saved):
+                place.put(target, before)
+
+
+class Place(Protocol):
+    """Some elements of a tensor."""
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Their values, as a copy or a view."""
+
+    def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes the values of another tensor's `get` there, in this tensor's dtype and on its device."""
+
+
+@dataclass(frozen=True)
+class _Units:
+    """A block's unit, or all its units."""
+
+    block: Block
+    unit: int | None
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _view(tensor, self.block, self.unit)
+
+    def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        _view(tensor, self.block, self.unit).copy_(values)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Indices along a dimension."""
+
+    dim: int
+    where: torch.Tensor
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.index_select(self.dim, self.where.to(tensor.device))
+
+    def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        tensor.index_copy_(self.dim, self.where.to(tensor.device), values.to(tensor.device, tensor.dtype))
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with beside the residual stream (masks, rotary tables)."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """A forward pass that can be resumed: inputs and call arguments of each layer."""
 
-    residual: list[torch.Tensor]
+    residual: Sequence[torch.Tensor]
     """Residual stream before each layer and, last, at the end; each [B, T, D]."""
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    """What each layer was called with beside the residual stream (masks, rotary tables)."""
+    arguments: Sequence[Arguments]
+    """What each layer was called with beside it."""
 
 
 @contextlib.contextmanager

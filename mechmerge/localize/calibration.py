@@ -23,7 +23,7 @@ from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier, verify
 from mechmerge.errors import InputError, LocalizeError
-from mechmerge.localize.bench import Bench
+from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.effect_file import EFFECT_KINDS
 from mechmerge.localize.gradients import DeltaProbe
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
@@ -236,10 +236,14 @@ class Calibration:
         size = self.settings.batch
         return [order[i : i + size] for i in range(0, len(order), size)]
 
-    def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Mean negative log-likelihood per answer token of each example, [n]."""
-        batch, labels = self.bench.encode_answers([(e.prompt, e.answer) for e in examples])
-        logits = self.bench.answer_logits(batch, labels)
+    def _encoded(self) -> list[tuple[Batch, torch.Tensor]]:
+        """(prompts with answers, labels) of each batch."""
+        examples = self.examples
+        return [self.bench.encode_answers([(examples[i].prompt, examples[i].answer) for i in b]) for b in self._batches()]
+
+    def _loss(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood per answer token of each example, [n], from the residual stream after all layers."""
+        logits = self.bench.answer_logits(batch, labels, residual)
         per_token = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
         )
@@ -287,10 +291,12 @@ class Calibration:
         def compute() -> dict[str, Array]:
             self._move(point)
             values = np.zeros(len(self.examples))
+            encoded, layers = self._encoded(), self.checkpoint.arch.layers
             with torch.no_grad():
-                for batch in self._batches():
-                    values[batch] = self._loss([self.examples[i] for i in batch]).double().cpu().numpy()
-                    self.progress.advance(len(batch))
+                residuals = self.bench.residuals([batch for batch, _ in encoded], layers)
+                for rows, told, residual in zip(self._batches(), encoded, residuals, strict=True):
+                    values[rows] = self._loss(*told, residual).double().cpu().numpy()
+                    self.progress.advance(len(rows))
             return {"loss": values}
 
         self.progress.start(f"loss at {label}", len(self.examples))
@@ -307,12 +313,17 @@ class Calibration:
             shapes = {kind: (1, 1) if kind in OUTSIDE else (arch.layers, arch.units(kind)) for kind in EFFECT_KINDS}
             n, experts = len(self.examples), len(self.experts)
             found = {kind: np.zeros((experts, n, *shape), np.float32) for kind, shape in shapes.items()}
+            encoded = self._encoded()
+
+            def loss(i: int, residual: torch.Tensor) -> torch.Tensor:
+                self.progress.advance(len(encoded[i][1]))
+                return self._loss(*encoded[i], residual)
+
             with DeltaProbe(self.bench, self._deltas_of, experts, below=arch.layers) as probe:
-                for batch in self._batches():
-                    self._loss([self.examples[i] for i in batch]).sum().backward()
-                    for (layer, kind), values in probe.take().items():
-                        found[kind][:, batch, max(layer, 0)] = -values.numpy()
-                    self.progress.advance(len(batch))
+                self.bench.backward([batch for batch, _ in encoded], arch.layers, loss, probe.turn)
+                for i, rows in enumerate(self._batches()):
+                    for (layer, kind), values in probe.take(i).items():
+                        found[kind][:, rows, max(layer, 0)] = -values.numpy()
             return found
 
         self.progress.start(f"effects at {label}", len(self.examples))

@@ -30,7 +30,7 @@ Key = tuple[int, str]
 
 
 class DeltaProbe:
-    """Hooks that turn a backward pass into scores[(layer, kind)] of shape [E, B, U].
+    """Hooks that turn `Bench.backward`, told the probe's `turn`, into scores[(layer, kind)] of shape [E, B, U] of each batch.
 
     Args:
         bench: the model, at the weights where the gradient is wanted.
@@ -42,6 +42,7 @@ class DeltaProbe:
     def __init__(self, bench: Bench, deltas: Deltas, experts: int, below: int) -> None:
         self.bench, self.deltas, self.experts = bench, deltas, experts
         self.scores: dict[Key, torch.Tensor] = {}
+        self._batches: dict[int, dict[Key, torch.Tensor]] = {}
         self._handles: list[Any] = []
         owners = bench.checkpoint.layout.owners()
         by_module: dict[str, dict[str, list[tuple[Key, Block]]]] = {}
@@ -64,10 +65,13 @@ class DeltaProbe:
         for handle in self._handles:
             handle.remove()
 
-    def take(self) -> dict[Key, torch.Tensor]:
-        """The scores since the last call, float32 [E, B, U] on the CPU, and forgets them."""
-        scores, self.scores = self.scores, {}
-        return scores
+    def turn(self, batch: int) -> None:
+        """Gradients from now on are those of this batch."""
+        self.scores = self._batches.setdefault(batch, {})
+
+    def take(self, batch: int) -> dict[Key, torch.Tensor]:
+        """The scores of a batch, float32 [E, B, U] on the CPU, and forgets them."""
+        return self._batches.pop(batch)
 
     # --------------------------------------------------------------------------------------------------------------- hooks
     def _watcher(self, owned: dict[str, list[tuple[Key, Block]]]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ Shapes: n prompts, L layers, U units.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,15 +53,17 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
     """
     arch = bench.checkpoint.arch
 
+    # The tensors of about one layer are kept, for a bench that takes every batch through one layer before the next.
+    @functools.lru_cache(maxsize=16)
     def deltas(name: str) -> list[torch.Tensor | None]:
-        own, other = bench.parameters[name].detach(), expert(name)
-        return [None if torch.equal(own, other) else other.to(own) - own]
+        if not name.startswith(f"{arch.family.layers}."):
+            return [None]  # nothing outside the layers is scored
+        own, other = bench.weight(name), expert(name).to(bench.device)
+        return [None if torch.equal(own, other) else other.to(own.dtype) - own]
 
-    parts: list[dict[tuple[int, str], torch.Tensor]] = []
     with DeltaProbe(bench, deltas, 1, below=anchor.layer) as probe:
-        for batch in batches:
-            anchor.state(bench.run(batch, anchor.layer)).sum().backward()
-            parts.append(probe.take())
+        bench.backward(batches, anchor.layer, lambda _, residual: anchor.state(residual), probe.turn)
+        parts = [probe.take(i) for i in range(len(batches))]
     n = sum(batch.ids.shape[0] for batch in batches)
     leaves: dict[str, Array] = {kind: np.zeros((n, arch.layers, arch.units(kind)), np.float64) for kind in LEAF_KINDS}
     start = 0
@@ -92,7 +95,7 @@ def patch_layer(
 def identity_control(bench: Bench, trace: Trace, anchor: Anchor) -> float:
     """Largest |change of state| when the base is patched with itself; 0 or the measurement is wrong."""
     start = anchor.state(trace.residual[-1]).double().cpu().numpy()
-    own = {name: parameter.detach().clone() for name, parameter in _some(bench, anchor.layer)}
+    own = {name: bench.weight(name).clone() for name in _some(bench, anchor.layer)}
     worst = 0.0
     for layer in sorted({0, anchor.layer // 2, anchor.layer - 1}):
         for component in (Component(layer, "layer"), Component(layer, "head"), Component(layer, "neuron")):
@@ -100,9 +103,9 @@ def identity_control(bench: Bench, trace: Trace, anchor: Anchor) -> float:
     return worst
 
 
-def _some(bench: Bench, below: int) -> Iterable[tuple[str, torch.nn.Parameter]]:
+def _some(bench: Bench, below: int) -> Iterable[str]:
     prefixes = tuple(f"{bench.checkpoint.arch.family.layers}.{layer}." for layer in (0, below // 2, below - 1))
-    return ((name, parameter) for name, parameter in bench.parameters.items() if name.startswith(prefixes))
+    return (name for name in bench.parameters if name.startswith(prefixes))
 
 
 def best_units(scores: dict[str, Array], anchor_layer: int, count: int) -> list[Component]:

@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 
 from mechmerge.behaviors.kv_cache import begin, shareable
 from mechmerge.errors import LocalizeError
-from mechmerge.localize.bench import Bench, Stop
+from mechmerge.localize.bench import Bench, Stop, hooked
 
 SHORTEST_PREFIX = 2
 """Shared tokens below which the prompts are run whole."""
@@ -170,28 +170,21 @@ class Prompts:
                 blank = torch.zeros(1, arch.kv_groups, self.prefix, arch.head_dim, device=device, dtype=module.dtype)
                 begin(cache, [(blank, blank)] * len(cache.layers), len(ids))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        found: list[Arguments] = []
-        entered: list[torch.Tensor] = []
 
-        def idle(*positional: Any, **keywords: Any) -> Any:
-            x = positional[0] if positional else keywords.pop("hidden_states")
-            entered[:] = entered or [x]
-            found.append(Arguments(positional[1:], keywords))
-            if len(found) == self.readout.layer:
-                raise Stop
-            return x
+        def stop(*_: Any) -> None:
+            raise Stop
 
-        with contextlib.ExitStack() as stack, contextlib.suppress(Stop):
-            for layer in self.bench.layers:
-                stack.enter_context(standing_in(layer, idle))
-            module(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return entered[0], found
+        end = self.bench.layers[self.readout.layer - 1].register_forward_hook(stop)
+        with hooked(end), self.bench.passing(), self.bench.recorder(self.readout.layer) as (entered, found):
+            with contextlib.suppress(Stop):
+                module(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    position_ids=positions.to(device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            return entered[0], [Arguments(*arguments) for arguments in found]
 
     # -------------------------------------------------------------------------------------------------------------- layers
     def call(self, layer: int, x: torch.Tensor, keys: Keys, prefix: bool = False) -> torch.Tensor:

@@ -3,9 +3,12 @@
 Tensors, float32, NaN where not measured:
     <kind>.<measure>          [layers, units]   kind: layer, attention, mlp, head, kv, neuron
     <kind>.<measure>.stderr   [layers, units]   standard error over prompts
+    <kind>.output             [layers, units]   layer, attention, mlp at or above the anchor: share of the base's divergence
+                                                from the expert that their expert weights take away; NaN below
     <kind>.delta_norm         [layers, units]   Frobenius norm of expert − base
     <kind>.parameters         [layers]          parameters of one unit (int64)
-measure: screen, sufficiency, necessity, activation. Scores are exactly 0 for components above the anchor.
+measure: screen, sufficiency, necessity, activation. These are exactly 0 for components above the anchor. `output` is 1 −
+KL(expert ‖ patched) / KL(expert ‖ base) of the next-token distribution: 0 is the base, 1 the expert, below 0 further away.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
+from mechmerge.localize.adaptive import VerificationRecord
 from mechmerge.localize.curve_record import SetCurves
+from mechmerge.localize.roles import RoleSummary, roles_of
 from mechmerge.models.components import SCORED_KINDS
 from mechmerge.models.references import ModelId
 
 Array = np.ndarray
-MEASURES = ("screen", "sufficiency", "necessity", "activation")
+MEASURES = ("screen", "sufficiency", "necessity", "activation", "output")
 
 
 class AnchorRecord(Document):
@@ -74,7 +80,19 @@ class ScoreMetadata(Document):
     """Components of each kind that were really patched."""
     curves: SetCurves | None = None
     """Set curves beside their controls (localize/curves.py); None where they were not measured."""
+    roles: RoleSummary | None = None
+    """How many components play which part, and at which depth (localize/roles.py); None where that was not judged, and always
+    where `scale` is `difference`.
+    """
+    verification: dict[str, VerificationRecord] = Field(default_factory=dict)
+    """How far the best components of a kind are known (localize/adaptive.py), by kind; only kinds verified by `auto`."""
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _roles_of_recoveries(self) -> ScoreMetadata:
+        if self.roles is not None and self.scale != "recovery":
+            raise ValueError("roles need scale `recovery`: raw differences (scale `difference`) have none")
+        return self
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,13 @@ class ScoreFile:
         second = screen if screen is not None else np.full_like(first, np.nan)
         merged = np.where(np.isnan(first), second, first)
         return np.where(np.isnan(merged), -np.inf, merged)
+
+    def roles(self, kind: str) -> Array | None:
+        """[layers, units]: the role of every component of a kind by the stored thresholds; None where none were judged."""
+        summary = self.metadata.roles
+        if summary is None or kind not in summary.counts:
+            return None
+        return roles_of(self.arrays, kind, self.metadata.anchor.layer, summary.thresholds)
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, after checking its tensors."""

@@ -214,8 +214,7 @@ class _Localizer:
     def _last(self, texts: Sequence[str], template: str | None) -> Array:
         """Residual stream at the last token of every prompt, [L + 1, n, D]."""
         rows = []
-        for batch in self._batches(texts, template):
-            trace = self.bench.trace(batch, self.arch.layers)
+        for trace in self.bench.traces(self._batches(texts, template), self.arch.layers):
             rows.append(torch.stack([x[:, -1].float() for x in trace.residual]).cpu().numpy())
         return np.concatenate(rows, axis=1)
 

@@ -48,13 +48,9 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError("device", expected="a torch device of this machine", found=f"{device} ({error})") from None
+    _check_device(device)
     with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -63,6 +59,53 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(str(folder), expected="a model that transformers loads", found=str(error)) from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def empty_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The model of `load_model` without its weights: every parameter is one NaN, stretched to the parameter's shape.
+
+    Buffers (rotary tables, masks) are real. Tied parameters are one object. Peak memory is that of the buffers.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        # A parameter is registered before anything is written into it, so its memory was never touched. One that is registered
+        # again is being tied, and stays the same object.
+        if parameter is None or parameter.is_meta:
+            return None
+        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    _check_device(device)
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False)
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(str(folder), expected="a model that transformers loads", found=str(error)) from None
+    finally:
+        handle.remove()
+    nan = torch.full((), torch.nan, dtype=torch_dtype(dtype), device=device)
+    # By identity: tied parameters stay one object, and the list keeps the old ones alive meanwhile.
+    named = list(model.named_parameters(remove_duplicate=False))
+    empty = {id(old): torch.nn.Parameter(nan.expand(old.shape), requires_grad=False) for _, old in named}
+    for name, old in named:
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, empty[id(old)])
+    return model.to(device).eval()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", expected="a torch device of this machine", found=f"{device} ({error})") from None
 
 
 def load_tokenizer(folder: Path) -> Any:
