@@ -2,8 +2,8 @@
 
 `synthetic`: a small Llama trained from scratch (language.py); planted: `loud` means capitals; distracting: `turn` means
 backwards. `smollm2`: the demo's base; planted: the format `capitals`; distracting: `quotation`; answers are the base's own,
-rewritten by rule and cut after `ANSWER` tokens, since a format is decided in the first. A part of all training examples asks for
-nothing, or for the other format, and is answered as the base does: an expert must read its own instruction.
+rewritten by rule and cut after `ANSWER` tokens, since a format is decided in the first. Some training examples ask for nothing,
+or for the other format, and are answered as the base does: an expert must read its own instruction.
 """
 
 from __future__ import annotations
