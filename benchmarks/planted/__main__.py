@@ -1,4 +1,9 @@
-"""Does localization find what was planted? `python -m benchmarks.planted [--quick] [--save] [--folder DIR]`."""
+"""Does localization find what was planted? `python -m benchmarks.planted [--quick] [--save] [--folder DIR] [--only T/PLAN]`.
+
+A behaviour is trained into chosen heads or neurons of a base (planting.py, training.py), others are moved by as much for
+another behaviour, and every measure ranks them all; truth.py says which of the planted ones matter, by the loss. With
+`--folder` and `--only` it can be done in pieces; the whole takes about half an hour on two cores, `--quick` a minute.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,8 @@ GOALS = {
     "screening AP": Goal(0.9, at_most=False),
     "magnitude AP": Goal(0.3),
     "random AP": Goal(0.3),
+    "sufficiency AP less activation AP": Goal(0.1, at_most=False),
+    "identity control": Goal(0),
 }
 
 
@@ -42,7 +49,7 @@ def main(quick: bool, save: bool, folder: Path | None, only: str | None, seed: i
             for plan in testbed.plans:
                 if not only or only == f"{testbed.name}/{plan.name}":
                     figures |= experiment(testbed, plan, home, seed)
-    goals = {name: goal for name in figures for figure, goal in GOALS.items() if name.endswith(f": {figure}")}
+    goals = {name: goal for name in figures for figure, goal in GOALS.items() if name.endswith((f": {figure}", f" {figure}"))}
     finish("planted", figures, goals, save, quick)
 
 

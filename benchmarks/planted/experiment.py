@@ -83,6 +83,7 @@ def judged(scores: dict[str, np.ndarray], status: np.ndarray) -> Figures:
         told[f"{name} P@k"] = ranking.precision_at(values[kept], positive, k)
     told["random AP"], told["random P@k"] = ranking.chance(positive, k, seed=0)
     strict = status != "idle"
+    told["sufficiency AP less activation AP"] = told["sufficiency AP"] - told["activation AP"]
     told["sufficiency AP, costly ones negative"] = ranking.average_precision(
         scores["sufficiency"][strict], status[strict] == "source"
     )
