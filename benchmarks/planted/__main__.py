@@ -49,7 +49,7 @@ def main(quick: bool, save: bool, folder: Path | None, only: str | None, seed: i
             for plan in testbed.plans:
                 if not only or only == f"{testbed.name}/{plan.name}":
                     figures |= experiment(testbed, plan, home, seed)
-    goals = {name: goal for name in figures for figure, goal in GOALS.items() if name.endswith((f": {figure}", f" {figure}"))}
+    goals = {name: goal for name in figures for figure, goal in GOALS.items() if name.endswith(f" {figure}")}
     finish("planted", figures, goals, save, quick)
 
 
