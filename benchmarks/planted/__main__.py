@@ -33,21 +33,21 @@ GOALS = {
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Where finished units are kept; a call that was stopped goes on."
 )
-@click.option("--only", help="One plan, TESTBED/PLAN.")
+@click.option("--only", multiple=True, help="A plan, TESTBED/PLAN; can be given again.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1))
-def main(quick: bool, save: bool, folder: Path | None, only: str | None, seed: int, threads: int | None) -> None:
+def main(quick: bool, save: bool, folder: Path | None, only: tuple[str, ...], seed: int, threads: int | None) -> None:
     """Rank planted components by every measure."""
     set_threads(threads)
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         home = (folder or Path(scratch)) / ("quick" if quick else "full")
         for make in (synthetic,) if quick else (synthetic, smollm2):
-            if only and make.__name__ != only.split("/")[0]:
+            if only and make.__name__ not in {name.split("/")[0] for name in only}:
                 continue
             testbed = make(home / make.__name__, quick)
             for plan in testbed.plans:
-                if not only or only == f"{testbed.name}/{plan.name}":
+                if not only or f"{testbed.name}/{plan.name}" in only:
                     figures |= experiment(testbed, plan, home, seed)
     goals = {name: goal for name in figures for figure, goal in GOALS.items() if name.endswith(f" {figure}")}
     finish("planted", figures, goals, save, quick)

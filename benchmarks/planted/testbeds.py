@@ -98,7 +98,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
         vector=contrasts("vector", 24),
         score=contrasts("score", 24),
         truth=tokens(truth),
-        settings=Settings(steps=80 if quick else 200, batch=48, rate=1e-3, dropped=0.4),
+        settings=Settings(steps=80 if quick else 150, batch=48, rate=1e-3, dropped=0.3),
         plans=plans if quick else (*plans, both),
         pairs=2 if quick else 8,
     )
@@ -155,7 +155,7 @@ def smollm2(folder: Path, _quick: bool) -> Testbed:
         vector=pairs[0::2],
         score=pairs[1::2],
         truth=list(itertools.islice(obeying("capitals", "develop", said("develop")), 8)),
-        settings=Settings(steps=70, batch=8, rate=1e-3, dropped=0.3, autocast=True),
-        plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 5}, depths, 15, pool=30)),
+        settings=Settings(steps=60, batch=8, rate=1e-3, dropped=0.3, autocast=True),
+        plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 4}, depths, 12, pool=24)),
         pairs=2,
     )
