@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,7 +40,7 @@ GOALS = {
 def main(quick: bool, save: bool, folder: Path | None, only: tuple[str, ...], seed: int, threads: int | None) -> None:
     """Rank planted components by every measure."""
     set_threads(threads)
-    figures = {}
+    figures: dict[str, Any] = {"seed": seed}
     with tempfile.TemporaryDirectory() as scratch:
         home = (folder or Path(scratch)) / ("quick" if quick else "full")
         for make in (synthetic,) if quick else (synthetic, smollm2):
