@@ -572,6 +572,7 @@ def test_the_command_shows_label_and_curves(base: Model, expert: Model, tmp_path
     curves = read_scores(tmp_path / "out" / "loud.safetensors").metadata.curves
     assert curves is not None
     assert row["curves"] == curves.model_dump(mode="json")
+    assert row["stability"] == round(read_scores(tmp_path / "out" / "loud.safetensors").metadata.anchor.stability or 0, 3)
     assert (row["localization"], row["verdict"]) == (curves.label, curves.verdict)
     measured_at = [point.share for point in curves.curves[0].points if point.kl is not None]
     assert measured_at == [0.0, 0.05]

@@ -95,6 +95,29 @@ def test_screening_predicts_small_changes(base: Model, tmp_path: Path) -> None:
         assert np.abs(screen - exact).max() < 0.01 * largest, kind
 
 
+def test_an_integrated_screen_is_recorded_and_changes_nothing_else(
+    measured: Path, base: Model, expert: Model, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"integrate": 2, "verify": 0, "curves": False})
+    judged = behavior(verifier=Verifier(name="change_case:english_capital"))
+    (path,) = localize(base, expert, [judged], tmp_path, settings)
+    plain, along = read_scores(measured), read_scores(path)
+    assert (plain.metadata.integrate, along.metadata.integrate) == (0, 2)
+    for kind in SCORED_KINDS:
+        assert not np.array_equal(plain.arrays[f"{kind}.screen"], along.arrays[f"{kind}.screen"])
+    for kind in ("attention", "mlp", "layer"):
+        assert np.array_equal(plain.arrays[f"{kind}.sufficiency"], along.arrays[f"{kind}.sufficiency"]), "the base is put back"
+
+
+def test_score_files_from_before_a_field_still_read(measured: Path) -> None:
+    metadata = read_scores(measured).metadata
+    known = metadata.model_dump(mode="json")
+    del known["integrate"]
+    kept = {key: value for key, value in known["anchor"].items() if not key.startswith("stability")}
+    assert type(metadata).model_validate(known | {"anchor": kept}).record.stability is None
+    assert type(metadata).model_validate(known) == metadata
+
+
 def test_the_base_as_its_own_expert_is_refused(base: Model, tmp_path: Path) -> None:
     with pytest.raises(PairError, match="expected another model than the base; found equal weights"):
         localize(base, base, [behavior()], tmp_path, SETTINGS)
@@ -108,6 +131,23 @@ def test_an_invalid_anchor_is_refused_and_nothing_is_written(base: Model, expert
         localize(base, expert, [judged], tmp_path / "out", SETTINGS.model_copy(update={"on_invalid": "refuse"}))
     written = [p for p in (tmp_path / "out").rglob("*.safetensors") if ".units" not in p.parts]
     assert not written
+
+
+def test_an_unstable_anchor_is_refused_with_its_reason(base: Model, expert: Model, tmp_path: Path) -> None:
+    """Prompts that ask for something else each: their differences have no common direction."""
+    asked = ["zq! 7", "What is 23 plus 45?", "aaaa aaaa", "(((", "the river", "Use capital letters", "% & %", "mountain 99"]
+    pairs = tuple(
+        Pair(**{"with": f"Tell {i}{i}{i}. {ask}", "without": f"{ask[::-1]} tell {i}."}) for i, ask in enumerate(asked)
+    )
+    settings = SETTINGS.model_copy(update={"on_invalid": "refuse"})
+    with pytest.raises(LocalizeError, match=r"not valid.*unstable: .*--invalid-anchor report"):
+        localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "out", settings)
+    (path,) = localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "told", SETTINGS)
+    anchor = read_scores(path).metadata.anchor
+    assert anchor is not None
+    assert not anchor.valid
+    assert anchor.stability is not None
+    assert any(reason.startswith("unstable") for reason in anchor.reasons)
 
 
 def test_a_gap_that_is_not_above_zero_gives_raw_differences(

@@ -1,4 +1,4 @@
-"""Judging answers: the official IFEval checkers, strict and loose, and three of our own (`number`, `contains`, `python`).
+"""Judging answers: the official IFEval checkers, strict and loose, and our own `contains`, `json`, `number` and `python`.
 
 IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdicts of its
 `test_instruction_following_strict` and `…_loose`. What is changed,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import random
 import re
@@ -52,8 +53,10 @@ IFEVAL: dict[str, tuple[str, ...]] = {
     "startend:end_checker": ("end_phrase",),
     "startend:quotation": (),
 }
-OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",), "python": ("tests", "entry")}
-"""`contains`: the answer holds `text`; `number`: its last number is `answer`; `python`: its code passes `tests`."""
+OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "json": (), "number": ("answer",), "python": ("tests", "entry")}
+"""`contains`: the answer holds `text`; `json`: it is an object or an array with something in it; `number`: its last number is
+`answer`; `python`: its code passes `tests`.
+"""
 LETTER = "keywords:letter_frequency"
 NEED_PUNKT = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
 """Checkers that split text with NLTK's sentence model, which no package ships."""
@@ -140,12 +143,26 @@ def _long_enough(verifier: Verifier, text: str) -> bool:
 def _own(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
     if name == "contains":
         return str(arguments["text"]) in answer
+    if name == "json":
+        return _json(answer)
     if name == "python":
         from mechmerge.behaviors.sandbox import judge
 
         return judge(answer, arguments)
     found = _NUMBER.findall(answer)
     return bool(found) and _decimal(found[-1]) == _decimal(arguments["answer"])
+
+
+def _json(answer: str) -> bool:
+    """Stricter than IFEval's `json_format`, which passes any JSON value: a sentence in double quotes is one, and so is `7`."""
+    text = answer.strip()
+    for opening in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(opening)
+    try:
+        value = json.loads(text.removesuffix("```"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict | list) and bool(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     CountOrAuto,
     device_option,
     escape,
     format_option,
     make_progress,
+    memory_guard,
+    memory_options,
     named_numbers,
     pair_options,
     quiet_option,
     set_threads,
     show,
+    show_plan,
     threads_option,
 )
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from mechmerge.localize.scores import ScoreMetadata
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("expert")
 @click.option(
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
               help="Confidence that --verify auto stops at.")  # fmt: skip
 @click.option("--role-threshold", "thresholds", multiple=True, metavar="NAME=VALUE",
               help="What counts as high for a role: module, head, neuron or output (shares), low, errors; repeat.")  # fmt: skip
+@click.option("--integrate", type=click.IntRange(0, 64), default=0, show_default=True, metavar="M",
+              help="Screen along M steps of the path from base to expert, each a screen's cost (0: at the base).")  # fmt: skip
 @click.option(
     "--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on."
 )
@@ -67,6 +73,7 @@ if TYPE_CHECKING:
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@memory_options
 @pair_options
 @device_option
 @threads_option
@@ -78,6 +85,7 @@ def command(
     behaviors: tuple[str, ...],
     out: Path,
     thresholds: tuple[str, ...],
+    only_plan: bool,
     threads: int | None,
     quiet: bool,
     output: str,
@@ -92,10 +100,11 @@ def command(
     """
     from mechmerge.artifacts import parse_document
     from mechmerge.behaviors.schema import load_behavior
+    from mechmerge.localize.plan_steps import plan_localize
     from mechmerge.localize.roles import RoleThresholds
     from mechmerge.localize.scores import read_scores
     from mechmerge.localize.settings import LocalizeSettings
-    from mechmerge.localize.stage import localize
+    from mechmerge.localize.stage import localize, used
     from mechmerge.models.references import resolve
 
     loaded = [load_behavior(name) for name in behaviors]
@@ -103,7 +112,12 @@ def command(
     progress = make_progress(quiet)
     roles = parse_document(RoleThresholds, named_numbers(thresholds, "--role-threshold"), "--role-threshold")
     settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), roles=roles, **options)
-    paths = localize(resolve(base, progress=progress), resolve(expert, progress=progress), loaded, out, settings, progress)
+    models = resolve(base, progress=progress), resolve(expert, progress=progress)
+    if only_plan:
+        show_plan(plan_localize(models[0].checkpoint(), used(loaded, settings), settings, timed=True), output)
+        return
+    with memory_guard():
+        paths = localize(*models, loaded, out, settings, progress)
     files = [(path, read_scores(path).metadata) for path in paths]
     rows = [_row(path, metadata, output) for path, metadata in files]
     show(rows, output, "anchors")
@@ -133,6 +147,7 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
     if output == "table":
         return row
     return row | {
+        **{name: None if anchor is None else getattr(anchor, name) for name in ("stability", "stability_cosine")},
         "verdict": None if curves is None else curves.verdict,
         "roles": None if metadata.roles is None else metadata.roles.model_dump(mode="json"),
         "verification": {kind: record.model_dump(mode="json") for kind, record in metadata.verification.items()},

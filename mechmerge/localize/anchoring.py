@@ -128,7 +128,7 @@ class AnchorFinder:
             rates = (
                 None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
             )
-            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed)
+            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed, topics_of(behavior))
             self.write(file, record, vector)
             return record.model_dump(mode="json")
 
@@ -144,7 +144,7 @@ class AnchorFinder:
         """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own
         prompts.
         """
-        candidates = best_layers(states, made)
+        candidates = best_layers(states, made, topics_of(behavior))
         steer = self._steering(behavior, made)
         if steer is None:
             return candidates[-1]

@@ -55,11 +55,15 @@ class Bench:
     def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu") -> None:
         self.checkpoint = model.checkpoint()
         self.module: Any = self.open(model.path, dtype, device)
-        self.tokenizer = load_tokenizer(model.path)
-        self.device = device
+        self.folder, self.device = model.path, device
         self.layers: list[torch.nn.Module] = list(self.module.get_submodule(self.checkpoint.arch.family.layers))
         loaded = dict(self.module.named_parameters())
         self.parameters: dict[str, torch.nn.Parameter] = {name: loaded[self.loaded(name)] for name in self.checkpoint.entries}
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.folder)
 
     def loaded(self, name: str) -> str:
         """The name that a checkpoint's tensor or module has in the loaded model."""
@@ -204,8 +208,9 @@ class Bench:
 
     def step(self, layer: int, x: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """One layer's output, [B, T, D], from its input and the arguments of a trace."""
-        output = self.layers[layer](x, *arguments[0], **arguments[1])
-        return output[0] if isinstance(output, tuple) else output
+        output: Any = self.layers[layer](x, *arguments[0], **arguments[1])
+        after: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
     # ------------------------------------------------------------------------------------------------------------ backward
     def backward(

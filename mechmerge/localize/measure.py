@@ -46,7 +46,9 @@ class Anchor:
         return residual[:, -1].float() @ self.vector
 
 
-def screen(bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], expert: Source) -> dict[str, Array]:
+def screen(
+    bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], expert: Source, origin: Source | None = None
+) -> dict[str, Array]:
     """First-order change of a readout for every component below it.
 
     Args:
@@ -54,6 +56,7 @@ def screen(bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], 
         batches: the prompts.
         readouts: what is measured of each batch, all at one layer.
         expert: the expert's tensor by name.
+        origin: where the differences to the expert start, by name, when the bench stands elsewhere (localize/path.py).
 
     Returns:
         For each scored kind, [n, L, U] in the readout's unit; 0 above it. The prompts stand in the batches' order.
@@ -69,7 +72,11 @@ def screen(bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], 
         if not name.startswith(f"{arch.family.layers}."):
             return [None]  # nothing outside the layers is scored
         own, other = bench.weight(name), expert(name).to(bench.device)
-        return [None if torch.equal(own, other) else other.to(own.dtype) - own]
+        own = own if origin is None else origin(name).to(own)
+        exact = torch.promote_types(own.dtype, other.dtype) == own.dtype
+        delta = (other if exact else other.to(own.dtype)) - own
+        # `equal` stops at the first difference.
+        return [None if torch.equal(delta, delta.new_zeros(()).expand_as(delta)) else delta]
 
     with DeltaProbe(bench, deltas, 1, below=stop) as probe:
         bench.backward(batches, stop, scalar, probe.turn)

@@ -50,10 +50,25 @@ class AnchorRecord(Document):
     """Pass rate of the base's answers to held-out prompts (x⁺), 0 … 1; None without a verifier."""
     steering_steered: float | None = None
     """The same with the anchor vector added to the base's residual stream."""
+    stability: float | None = Field(default=None, ge=0, le=1)
+    """Share of resamples of the topics, in both halves, in which the anchor separates and its gap is above 0; None in older
+    files.
+    """
+    stability_cosine: float | None = Field(default=None, ge=-1.001, le=1.001)
+    """Mean cosine between the vector and those of resampled topics; noise alone has about .71. None in older files."""
+    stability_cosine_low: float | None = Field(default=None, ge=-1.001, le=1.001)
+    """The 5 % quantile of those cosines."""
     prompts: int
     """Prompts that made the vector."""
     held_out: int
     """Prompts that validity and recovery are measured on (others than those)."""
+
+    @property
+    def stability_text(self) -> str | None:
+        """The bootstrap's figures in words; None where it was not done."""
+        if self.stability is None or self.stability_cosine is None:
+            return None
+        return f"passes in {self.stability:.2f} of resamples, cosine {self.stability_cosine:.2f}"
 
     @property
     def measured_on(self) -> int:
@@ -119,6 +134,8 @@ class ScoreMetadata(Document):
     """Largest score of the base patched with itself; always 0."""
     dtype: str
     seed: int
+    integrate: int = 0
+    """Steps of the path from base to expert that the screen was averaged over; 0: at the base (localize/path.py)."""
     verified: dict[str, int]
     """Components of each kind that were really patched."""
     curves: SetCurves | None = None

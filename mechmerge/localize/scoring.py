@@ -19,8 +19,9 @@ from mechmerge.artifacts import Units, digest
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.adaptive import VerificationRecord, verify
 from mechmerge.localize.bench import Bench, layer_source
-from mechmerge.localize.measure import best_units, screen
+from mechmerge.localize.measure import Source, best_units, screen
 from mechmerge.localize.patching import Patcher, Run
+from mechmerge.localize.path import along_path
 from mechmerge.localize.resume import Readout
 from mechmerge.localize.settings import Measure
 from mechmerge.models.checkpoint import Checkpoint
@@ -120,20 +121,26 @@ class Scorer:
             self._on_bench = which
 
     # --------------------------------------------------------------------------------------------------------- measurements
-    def screened(self, batch: int) -> dict[str, Array]:
+    def screened(self, batch: int, steps: int = 0) -> dict[str, Array]:
         """First-order change of the readout: each scored kind → [n, L, U].
 
         Args:
             batch: prompts a forward pass with gradients.
+            steps: of the path from base to expert; 0 screens at the base.
         """
 
         def compute() -> dict[str, Array]:
             subject = self.subject
             rows = [range(i, min(i + batch, len(subject.ids))) for i in range(0, len(subject.ids), batch)]
             batches = [self.bench.batch([subject.ids[i] for i in some]) for some in rows]
-            return screen(self.bench, batches, [subject.part(some) for some in rows], self.source)
+            readouts = [subject.part(some) for some in rows]
 
-        found = self.units.arrays(f"{self.key}-screen", compute)
+            def here(origin: Source | None) -> dict[str, Array]:
+                return screen(self.bench, batches, readouts, self.source, origin)
+
+            return along_path(self.bench, self.base.tensor, self.expert.tensor, steps, here)
+
+        found = self.units.arrays(f"{self.key}-screen-{steps}", compute)
         if not all(np.isfinite(array).all() for array in found.values()):
             raise LocalizeError(self.name, expected="finite scores", found="NaN", fix="try --dtype float32")
         return found
@@ -254,6 +261,9 @@ class Scorer:
                 measure,
                 top,
                 confidence=confidence,
+                # A component that does much and of which the screen says nothing is in no sample: where there are few, the
+                # draw alone must vouch for all but one of the best.
+                assured=None if kind == "neuron" else 1,
                 topics=self.subject.topics,
                 seed=seed,
             )

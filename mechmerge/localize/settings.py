@@ -15,7 +15,19 @@ ScoreSource = Literal["anchor", "loss"]
 Measure = Literal["sufficiency", "necessity", "activation"]
 MEASURES: tuple[Measure, ...] = ("sufficiency", "necessity", "activation")
 _CURVES = ("curves", "curve_seeds", "curve_output_shares", "curve_pass_prompts")
-NAMED = ("sources", "measures", "verify", "top", "confidence", "roles", "output_prompts", "on_invalid", *_CURVES)
+NAMED = (
+    "sources",
+    "integrate",
+    "measures",
+    "verify",
+    "top",
+    "confidence",
+    "roles",
+    "output_prompts",
+    "on_invalid",
+    "memory",
+    *_CURVES,
+)
 """Settings whose units are named by what they hold, so that changing them keeps everything else."""
 
 
@@ -26,6 +38,8 @@ class LocalizePlan(Document):
     """What scores are measured on: the `anchor`; the `loss` of the expert's own answers (all layers, no anchor needed)."""
     anchor_layer: int | None = Field(default=None, ge=1)
     """The anchor's layer; chosen by validity when None."""
+    integrate: int = Field(default=0, ge=0, le=64)
+    """Steps of the path from base to expert that screening is averaged over; 0 screens at the base (localize/path.py)."""
     measures: tuple[Measure, ...] = MEASURES
     """Beside the screen: `sufficiency` (weight patching, always measured), `necessity` (knockout), `activation` (patching)."""
     verify: int | Literal["auto"] = 16
@@ -64,6 +78,10 @@ class LocalizeSettings(LocalizePlan):
     batch: int = Field(default=4, ge=1)
     """Prompts a forward pass with gradients."""
     device: str = "cpu"
+    memory: int | None = Field(default=None, ge=1)
+    """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
+    which changes no score.
+    """
     seed: int = 0
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"

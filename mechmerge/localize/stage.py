@@ -30,10 +30,12 @@ from mechmerge.localize.curves import fresh_prompts, measure_curves
 from mechmerge.localize.measure import Anchor
 from mechmerge.localize.outputs import Agreement, AnswerLoss, Answers, ask_expert, discard_answers
 from mechmerge.localize.patching import Patcher
+from mechmerge.localize.plan_steps import plan_localize
 from mechmerge.localize.roles import summarize
 from mechmerge.localize.scores import LossRecord, ScoreFile, ScoreMetadata
 from mechmerge.localize.scoring import MODULE_KINDS, Controls, Scorer, Subject, score_arrays
-from mechmerge.localize.settings import MEASURES, NAMED, LocalizeSettings, Measure
+from mechmerge.localize.settings import MEASURES, NAMED, LocalizeSettings, Measure, score_file
+from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import SCORED_KINDS, Component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import align, check_pair
@@ -102,6 +104,7 @@ class _Localizer:
     def __init__(self, base: Model, expert: Model, out: Path, settings: LocalizeSettings, progress: Progress) -> None:
         self.base, self.expert, self.out, self.settings, self.progress = base, expert, out, settings, progress
         self._bench: Bench | None = None
+        self.behaviors: list[Behavior] = []
         self.checkpoint = expert.checkpoint()
         self.arch = base.checkpoint().arch
         self.facts: dict[str, Array] = {}
@@ -109,7 +112,8 @@ class _Localizer:
     def bench(self) -> Bench:
         """The base, loaded once."""
         if self._bench is None:
-            self._bench = Bench(self.base, self.settings.dtype, self.settings.device)
+            plan = plan_localize(self.base.checkpoint(), self.behaviors, self.settings)
+            self._bench = open_bench(self.base, self.settings.dtype, self.settings.device, plan)
         return self._bench
 
     def units(self, behavior: Behavior) -> Units:
@@ -127,7 +131,7 @@ class _Localizer:
 
     def run(self, given: Sequence[Behavior]) -> list[Path]:
         """The score files of all behaviours."""
-        behaviors = [_first_topics(behavior, 2 * self.settings.prompts) for behavior in given]
+        self.behaviors = behaviors = used(given, self.settings)
         finder = AnchorFinder(self.base, self.checkpoint, self.bench, self.units, self.settings, self.progress)
         if "anchor" in self.settings.sources:
             finder.prepare(behaviors)
@@ -138,9 +142,7 @@ class _Localizer:
             for source in self.settings.sources:
                 one = _Localization(self, behavior, whole)
                 file = one.by_anchor(finder) if source == "anchor" else one.by_loss()
-                path = self.out / (
-                    f"{behavior.name}.safetensors" if source == "anchor" else f"{behavior.name}.loss.safetensors"
-                )
+                path = self.out / score_file(behavior.name, source)
                 file.write(path)
                 paths.append(path)
         for behavior in behaviors:
@@ -293,7 +295,7 @@ class _Localization:
         try:
             controls = scorer.controls()
             self.progress.advance()
-            screened = scorer.screened(settings.batch)
+            screened = scorer.screened(settings.batch, settings.integrate)
             self.progress.advance()
             means = {kind: values.mean(0) for kind, values in screened.items()}
             verification: dict[str, VerificationRecord] = {}
@@ -335,6 +337,7 @@ class _Localization:
             identity_control=controls.identity,
             dtype=self.settings.dtype,
             seed=self.settings.seed,
+            integrate=self.settings.integrate,
             roles=thirds,
             versions=versions(),
             **told,
@@ -372,6 +375,11 @@ class _Localization:
         if not curves.above_controls:
             self.progress.note(f"note: behaviour {file.metadata.label}: {curves.verdict}")
         return ScoreFile(file.metadata.model_copy(update={"curves": curves}), file.arrays)
+
+
+def used(behaviors: Sequence[Behavior], settings: LocalizeSettings) -> list[Behavior]:
+    """The behaviours with the pairs that are used."""
+    return [_first_topics(behavior, 2 * settings.prompts) for behavior in behaviors]
 
 
 def _first_topics(behavior: Behavior, count: int) -> Behavior:

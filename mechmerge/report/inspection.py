@@ -105,7 +105,13 @@ def _readout(meta: ScoreMetadata) -> dict[str, Any]:
     if record.steering_base is not None and record.steering_steered is not None:
         steered = f"{record.steering_base:.2f} → {record.steering_steered:.2f}"
     prompts = f"{record.prompts} for the anchor, {record.held_out} held out"
-    return {"separation": f"{record.separation:.3f}", "gap": gap, "pass_rate_when_steered": steered, "prompts": prompts}
+    return {
+        "separation": f"{record.separation:.3f}",
+        "gap": gap,
+        "stability": record.stability_text,
+        "pass_rate_when_steered": steered,
+        "prompts": prompts,
+    }
 
 
 def _scores(path: Path) -> Inspection:
@@ -124,6 +130,7 @@ def _scores(path: Path) -> Inspection:
         **{f"best_{kind}": said for kind, said in role_tables.verification_said(meta).items()},
         state_of_base_and_expert=f"{meta.state_base:.3f}, {meta.state_expert:.3f}",
         scale=meta.scale,
+        screened=f"along {meta.integrate} steps from base to expert" if meta.integrate else "at the base",
         patched=", ".join(f"{n} {kind}" for kind, n in meta.verified.items()),
         dtype=meta.dtype,
         seed=meta.seed,

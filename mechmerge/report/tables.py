@@ -92,12 +92,13 @@ def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
                 valid,
                 f"{anchor.separation:.2f}",
                 f"{anchor.gap:.2f} ({anchor.gap_low:.2f})",
+                anchor.stability_text or "not resampled",
                 steering,
                 f"{anchor.prompts} / {anchor.held_out}",
                 scale,
             )
         )
-    header = ["behaviour", "after layer", "valid", "separation (AUC)", "gap (95 % low)", "pass rate, steered"]
+    header = ["behaviour", "after layer", "valid", "separation (AUC)", "gap (95 % low)", "stability", "pass rate, steered"]
     return [*header, "prompts / held out", "scores are"], rows
 
 
