@@ -1,5 +1,5 @@
-"""Calibration: the loss of every behaviour on its expert's own verified answers, and its gradient, at any point between
-the models.
+"""Calibration: a value of every behaviour that falls where it gains, and its gradient, at any point between the models. Here
+it is the loss on its expert's own verified answers; localize/anchor_calibration.py has the state along the anchor.
 
 A point is base + Σ_e c_e ∘ δ_e, with one coefficient for every head, KV group and neuron of every expert and one for all
 the rest of an expert. Everything that is computed is a unit: written when it is done, and read when it is there.
@@ -7,11 +7,11 @@ the rest of an expert. Everything that is computed is a unit: written when it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier, verify
 from mechmerge.errors import InputError, LocalizeError
+from mechmerge.localize.anchor import halves
+from mechmerge.localize.anchoring import topics_of
 from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.effect_file import EFFECT_KINDS
 from mechmerge.localize.gradients import DeltaProbe
 from mechmerge.localize.plan import Plan
 from mechmerge.localize.plan_steps import plan_effects
+from mechmerge.localize.scores import AnchorRecord
+from mechmerge.localize.settings import ScoreSource
 from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
 from mechmerge.models.deltas import delta_of
@@ -74,14 +78,27 @@ class BehaviorRow:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with an expert's answer, tokenized."""
+    """A prompt, with an expert's answer where the metric needs one, tokenized."""
 
     row: int
     member: int
     half: int
     """0 or 1: which half of the calibration prompts it belongs to (by topic)."""
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Batches that run through the same layers, and what is read there."""
+
+    stop: int
+    """Layers that run."""
+    examples: list[list[int]]
+    """Numbers of the examples in each batch."""
+    batches: list[Batch]
+    value: Callable[[int, torch.Tensor], torch.Tensor]
+    """(number of a batch, its residual stream after `stop` layers [B, T, D]) → the value of each of its examples, [B]."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,8 @@ class Calibration:
         PairError: the models cannot be compared.
     """
 
+    metric: ClassVar[ScoreSource] = "loss"
+
     def __init__(
         self,
         base: Model,
@@ -158,7 +177,7 @@ class Calibration:
         self.base, self.rows, self.settings, self.progress = base, rows, settings, progress
         self.checkpoint = base.checkpoint()
         self.opened = {name: expert.checkpoint() for name, expert in self.experts.items()}
-        inputs = {
+        self.inputs: dict[str, Any] = {
             "base": base.id.shards,
             # A list: the order of the experts is a dimension of the tensors, and digests do not see the order of a mapping.
             "experts": [[name, expert.id.shards] for name, expert in experts.items()],
@@ -168,10 +187,18 @@ class Calibration:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        self.units = Units(folder, inputs)
+        self.units = Units(folder, self.inputs)
         self.asked: dict[int, int] = {}
         """Prompts asked, by row."""
         self._deltas: dict[str, list[torch.Tensor | None]] = {}
+
+    def discard(self) -> None:
+        """Removes the units, once what they are for is written."""
+        self.units.discard()
+
+    def anchors_of(self, row: int) -> dict[str, AnchorRecord]:
+        """The anchor of each member of a row, where the metric has one."""
+        return {}
 
     @cached_property
     def bench(self) -> Bench:
@@ -201,19 +228,17 @@ class Calibration:
             each = max(2, self.settings.prompts // len(row.members))
             for m, member in enumerate(row.members):
                 pairs = member.pairs[:each]
-                topics = [pair.topic or str(i) for i, pair in enumerate(pairs)]
-                turns = {topic: turn % 2 for turn, topic in enumerate(dict.fromkeys(topics))}
+                split = halves(topics_of(member.model_copy(update={"pairs": pairs})))
                 asked[r] = asked.get(r, 0) + len(pairs)
                 kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", partial(self._ask, r, m))
                 for index, prompt, answer in kept:
-                    found.append(Example(r, m, turns[topics[index]], tuple(prompt), tuple(answer)))
+                    found.append(Example(r, m, int(index in split[1]), tuple(prompt), tuple(answer)))
                 for half in (0, 1):
                     if not any((e.row, e.member, e.half) == (r, m, half) for e in found):
-                        asked_here = sum(turns[topic] == half for topic in topics)
                         raise LocalizeError(
                             f"behaviour {row.name}",
                             expected=f"answers of {row.expert} to {member.name} that pass, in both halves of the prompts",
-                            found=f"0 of {asked_here} in half {half + 1}",
+                            found=f"0 of {len(split[half])} in half {half + 1}",
                             fix="use more prompts, or leave the behaviour out",
                         )
         self._model = None
@@ -250,16 +275,19 @@ class Calibration:
         return self._model
 
     # ---------------------------------------------------------------------------------------------------------------- loss
-    def _batches(self) -> list[list[int]]:
-        examples = self.examples
-        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].prompt) + len(examples[i].answer), i))
+    def batches(self, examples: Sequence[int]) -> list[list[int]]:
+        """Examples in batches of nearly equal lengths."""
+        told = self.examples
+        order = sorted(examples, key=lambda i: (len(told[i].prompt) + len(told[i].answer), i))
         size = self.settings.batch
         return [order[i : i + size] for i in range(0, len(order), size)]
 
-    def _encoded(self) -> list[tuple[Batch, torch.Tensor]]:
-        """(prompts with answers, labels) of each batch."""
-        examples = self.examples
-        return [self.bench.encode_answers([(examples[i].prompt, examples[i].answer) for i in b]) for b in self._batches()]
+    def passes(self) -> list[Passes]:
+        """What is run at a point: every example once, in batches that stop where its value is read."""
+        told, batches = self.examples, self.batches(range(len(self.examples)))
+        encoded = [self.bench.encode_answers([(told[i].prompt, told[i].answer) for i in batch]) for batch in batches]
+        run = [batch for batch, _ in encoded]
+        return [Passes(self.checkpoint.arch.layers, batches, run, lambda i, residual: self._loss(*encoded[i], residual))]
 
     def _loss(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood per answer token of each example, [n], from the residual stream after all layers."""
@@ -308,26 +336,27 @@ class Calibration:
         return self.checkpoint.layout.owners()
 
     def losses(self, point: Point, label: str) -> Array:
-        """Loss of every example at a point, float64 [n], nats per answer token."""
+        """Value of every example at a point, float64 [n]: what falls where its behaviour gains, in the metric's unit."""
 
         def compute() -> dict[str, Array]:
             self._move(point)
             values = np.zeros(len(self.examples))
-            encoded, layers = self._encoded(), self.checkpoint.arch.layers
             with torch.no_grad():
-                residuals = self.bench.residuals([batch for batch, _ in encoded], layers)
-                for rows, told, residual in zip(self._batches(), encoded, residuals, strict=True):
-                    values[rows] = self._loss(*told, residual).double().cpu().numpy()
-                    self.progress.advance(len(rows))
+                for part in self.passes():
+                    for i, residual in enumerate(self.bench.residuals(part.batches, part.stop)):
+                        values[part.examples[i]] = part.value(i, residual).double().cpu().numpy()
+                        self.progress.advance(len(part.examples[i]))
             return {"loss": values}
 
-        self.progress.start(f"loss at {label}", len(self.examples))
+        self.progress.start(f"{self.metric} at {label}", len(self.examples))
         result: Array = self.units.arrays(f"loss-{point.key}", compute)["loss"]
         self.progress.end()
         return result
 
     def gradients(self, point: Point, label: str) -> dict[str, Array]:
-        """−⟨∂ℓ/∂θ, δ⟩ of every example at a point: kind → float32 [E, n, layers, units]; positive lowers the loss."""
+        """−⟨∂value/∂θ, δ⟩ of every example at a point: kind → float32 [E, n, layers, units]; positive helps, and components
+        that a value does not depend on have exactly 0.
+        """
         arch = self.checkpoint.arch
 
         def compute() -> dict[str, Array]:
@@ -335,23 +364,22 @@ class Calibration:
             shapes = {kind: (1, 1) if kind in OUTSIDE else (arch.layers, arch.units(kind)) for kind in EFFECT_KINDS}
             n, experts = len(self.examples), len(self.experts)
             found = {kind: np.zeros((experts, n, *shape), np.float32) for kind, shape in shapes.items()}
-            encoded = self._encoded()
-
-            def loss(i: int, residual: torch.Tensor) -> torch.Tensor:
-                self.progress.advance(len(encoded[i][1]))
-                return self._loss(*encoded[i], residual)
-
-            with DeltaProbe(self.bench, self._deltas_of, experts, below=arch.layers) as probe:
-                self.bench.backward([batch for batch, _ in encoded], arch.layers, loss, probe.turn)
-                for i, rows in enumerate(self._batches()):
-                    for (layer, kind), values in probe.take(i).items():
-                        found[kind][:, rows, max(layer, 0)] = -values.numpy()
+            for part in self.passes():
+                with DeltaProbe(self.bench, self._deltas_of, experts, below=part.stop) as probe:
+                    self.bench.backward(part.batches, part.stop, partial(self._told, part), probe.turn)
+                    for i, numbers in enumerate(part.examples):
+                        for (layer, kind), values in probe.take(i).items():
+                            found[kind][:, numbers, max(layer, 0)] = -values.numpy()
             return found
 
         self.progress.start(f"effects at {label}", len(self.examples))
         result = self.units.arrays(f"node-{point.key}", compute)
         self.progress.end()
         return result
+
+    def _told(self, part: Passes, i: int, residual: torch.Tensor) -> torch.Tensor:
+        self.progress.advance(len(part.examples[i]))
+        return part.value(i, residual)
 
     def weights(self, half: int | None = None) -> Array:
         """[R, n]: a row is the mean of its members, a member the mean of its examples (of one half, if told)."""

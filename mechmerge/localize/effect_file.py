@@ -1,11 +1,11 @@
 """The effect file: what every component of every expert does to every behaviour (safetensors with one JSON document).
 
-Tensors, float32; sign: positive lowers the loss, that is, helps the behaviour:
-    <kind>.effect   [behaviours, experts, layers, units]      nats per answer token, mean over prompts
+Tensors, float32; sign: positive helps the behaviour. The unit is that of the document's `metric` (`UNITS`):
+    <kind>.effect   [behaviours, experts, layers, units]      mean over prompts
     <kind>.stderr   [behaviours, experts, layers, units]      standard error over prompts
     <kind>.half     [2, behaviours, experts, layers, units]   the mean on each half of the prompts
 kind: head, kv, neuron, attention.rest, mlp.rest, norms (units 1) and embed, final_norm, lm_head (layers 1, units 1). Together
-the kinds partition the parameters, so the sum over everything is the whole change of loss along the path.
+the kinds partition the parameters, so the sum over everything is the whole change of the metric along the path.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
+from mechmerge.localize.scores import AnchorRecord
+from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import LEAF_KINDS, OUTSIDE
 from mechmerge.models.references import ModelId
 
 Array = np.ndarray
 EFFECT_KINDS: tuple[str, ...] = (*LEAF_KINDS, *OUTSIDE)
+UNITS: dict[ScoreSource, str] = {"loss": "nats per answer token", "anchor": "recovery: 0 is the base's state, 1 its own expert's"}
+"""What effects and changes are counted in, by metric; positive effects help in either."""
+MEASURED: dict[ScoreSource, str] = {"loss": "loss", "anchor": "recovery"}
+"""What is shown of a behaviour at a point, by metric: a loss falls where a behaviour gains, a recovery rises."""
 
 
 class BehaviorEffect(Document):
@@ -38,22 +45,34 @@ class BehaviorEffect(Document):
     digests: dict[str, str]
     """Digest of each member's behaviour file."""
     prompts: int
-    """Calibration prompts asked."""
+    """Calibration prompts used (on the anchor: those that made the vectors too)."""
     answers: int
-    """The expert's own greedy answers that passed the verifier: what the loss is measured on."""
+    """Prompts that are measured. On the loss: those whose greedy answer by the expert passed the verifier. On the anchor: those
+    that made no vector.
+    """
     loss_start: float
-    """Nats per answer token at the start of the path."""
+    """The value at the start of the path, that falls where the behaviour gains. On the loss: nats per answer token. On the
+    anchor: −state/gap.
+    """
     loss_end: float
-    """Nats per answer token at the end of the path."""
+    """The same at the end of the path."""
     loss_expert: float
-    """Nats per answer token of its own expert."""
+    """The same of its own expert."""
     completeness_error: float
     """|Σ effects − (loss_start − loss_end)| / max(|loss_start − loss_end|, 0.05)."""
+    anchors: dict[str, AnchorRecord] = Field(default_factory=dict)
+    """The anchor of each member in its expert; empty on the loss."""
 
     @property
     def own_gain(self) -> float:
-        """Loss that its own expert takes away from the path's start, in nats per answer token."""
+        """What its own expert takes away from the value at the path's start, in the metric's unit."""
         return self.loss_start - self.loss_expert
+
+    @property
+    def caveat(self) -> str | None:
+        """Which of its anchors are not valid, and why; None where all are."""
+        invalid = {name: "; ".join(record.reasons) for name, record in self.anchors.items() if not record.valid}
+        return "anchor not valid: " + ", ".join(f"{name} ({why})" for name, why in invalid.items()) if invalid else None
 
 
 class EffectMetadata(Document):
@@ -61,6 +80,8 @@ class EffectMetadata(Document):
 
     schema_version: Literal[1] = 1
     kind: Literal["effects"] = "effects"
+    metric: ScoreSource = "loss"
+    """What effects are of: the `loss` of the expert's own answers, or its state along the `anchor`; older files have the loss."""
     base: ModelId
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' second dimension."""
@@ -75,6 +96,21 @@ class EffectMetadata(Document):
     dtype: str
     seed: int
     versions: dict[str, str]
+
+    @property
+    def unit(self) -> str:
+        """The unit of effects and changes."""
+        return UNITS[self.metric]
+
+    def shown(self, behavior: BehaviorEffect) -> dict[str, float]:
+        """A behaviour at `path's start`, `path's end` and `its expert`, as it is shown: losses, or recoveries."""
+        values = {"path's start": behavior.loss_start, "path's end": behavior.loss_end, "its expert": behavior.loss_expert}
+        return values if self.metric == "loss" else {where: behavior.loss_start - value for where, value in values.items()}
+
+    @property
+    def caveats(self) -> dict[str, str]:
+        """What a reader must be told of a behaviour's effects, by behaviour: anchors that are not valid."""
+        return {b.name: b.caveat for b in self.behaviors if b.caveat is not None}
 
 
 @dataclass(frozen=True)

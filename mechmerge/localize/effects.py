@@ -1,12 +1,19 @@
 """The effect matrix: what every component of every expert does to every behaviour.
 
-For a behaviour with loss ℓ (negative log-likelihood of its expert's own answers, nats per answer token) and the straight
-path θ(t) from the base to base + Σ_e δ_e, the integrated gradient ∫₀¹ −⟨∂ℓ/∂θ_c at θ(t), δ_{e,c}⟩ dt is component c's
-share of the drop in loss; over all experts and components the shares add up to the whole drop (completeness: Sundararajan
-et al. 2017, https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is ours.
+For a behaviour with value ℓ (the metric `loss`: negative log-likelihood of its expert's own answers, nats per answer token; the
+metric `anchor`: −state/gap along its expert's anchor, so that what it loses is recovery) and the straight path θ(t) from the
+base to base + Σ_e δ_e, the integrated gradient ∫₀¹ −⟨∂ℓ/∂θ_c at θ(t), δ_{e,c}⟩ dt is component c's share of the drop of ℓ;
+over all experts and components the shares add up to the whole drop (completeness: Sundararajan et al. 2017,
+https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is ours.
 
-Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the loss at its ends is known, so the error of
+Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the value at its ends is known, so the error of
 each interval is exact; the worst one is halved until the completeness error is small enough or the nodes run out.
+
+Cost, in forward-equivalents (tokens through all layers, over those of the measured texts): at a node a behaviour takes one
+forward pass, one backward pass (to activations alone: no weight has a gradient), and one product with the deltas of each of the
+E experts: 2 + E, which is 3 for one expert and less than 3 a behaviour, expert and node for several. On an anchor each is the
+anchor's share of the layers. Not counted in it: one forward pass at each end of an interval (half as many as nodes, and one)
+and at each expert; once, the experts' answers, or the anchors; and where the model is streamed, a second forward pass a node.
 """
 
 from __future__ import annotations
@@ -18,8 +25,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
+from mechmerge.localize.anchor_calibration import AnchorCalibration, AnchorCalibrationSettings, members_of
+from mechmerge.localize.calibration import BehaviorRow, Calibration, Point, rows_of
 from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile, EffectMetadata
+from mechmerge.localize.plan import Plan
+from mechmerge.localize.plan_steps import plan_anchor_effects, plan_effects
+from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
 from mechmerge.progress import SILENT, Progress
@@ -27,12 +38,12 @@ from mechmerge.versions import versions
 
 Array = np.ndarray
 COMPLETENESS_FLOOR = 0.05
-"""Nats: smaller changes of loss are not divided by."""
+"""In the metric's unit: smaller changes are not divided by."""
 FIRST_INTERVALS = (0.0, 0.0625, 0.25, 1.0)
-"""Most of the loss falls near the base, so the path starts out divided there."""
+"""Most of a loss falls near the base, so the path starts out divided there."""
 
 
-class EffectSettings(CalibrationSettings):
+class EffectSettings(AnchorCalibrationSettings):
     """Settings of the effects stage."""
 
     tolerance: float = Field(default=0.05, gt=0)
@@ -62,14 +73,23 @@ def measure_effects(
     Raises:
         InputError: no behaviours, or one of an expert that is not given.
         PairError: the models cannot be compared.
-        LocalizeError: an expert has no answer that passes its behaviour's verifier.
+        LocalizeError: on the loss, an expert has no answer that passes its behaviour's verifier; on the anchor, an anchor is not
+            valid and such are refused, or has no gap.
     """
     settings = settings or EffectSettings()
-    calibration = Calibration(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
+    kind = AnchorCalibration if settings.metric == "anchor" else Calibration
+    calibration = kind(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
     file = _along_the_path(calibration, settings)
     file.write(out)
-    calibration.units.discard()
+    calibration.discard()
     return file
+
+
+def plan_matrix(base: Checkpoint, experts: int, rows: Sequence[BehaviorRow], settings: EffectSettings) -> Plan:
+    """What measuring the matrix will take, with rates measured (half a second)."""
+    if settings.metric == "loss":
+        return plan_effects(base, experts, rows_of(rows), settings, timed=True)
+    return plan_anchor_effects(base, experts, list(members_of(rows, settings.prompts).values()), settings, timed=True)
 
 
 def _along_the_path(calibration: Calibration, settings: EffectSettings) -> EffectFile:
@@ -95,6 +115,7 @@ def _along_the_path(calibration: Calibration, settings: EffectSettings) -> Effec
         del intervals[(a, b)]
         intervals |= {half: integrate(calibration, zero, whole_sum, *half) for half in ((a, middle), (middle, b))}
     metadata = EffectMetadata(
+        metric=calibration.metric,
         base=calibration.base.id,
         experts={name: expert.id for name, expert in calibration.experts.items()},
         behaviors=describe(calibration, ends[0.0], ends[1.0], error),
@@ -122,7 +143,7 @@ def gauss_legendre(a: float, b: float) -> tuple[float, float]:
 
 
 def describe(calibration: Calibration, start: Array, end: Array, error: Array) -> tuple[BehaviorEffect, ...]:
-    """The records of the behaviours, with their losses [R] at the ends of a path and at their own experts."""
+    """The records of the behaviours, with their values [R] at the ends of a path and at their own experts."""
     weights, rows = calibration.weights(), calibration.rows
     own = {row.expert: weights @ calibration.losses(calibration.point(1.0, row.expert), row.expert) for row in rows}
     return tuple(
@@ -138,6 +159,7 @@ def describe(calibration: Calibration, start: Array, end: Array, error: Array) -
             loss_end=float(end[r]),
             loss_expert=float(own[row.expert][r]),
             completeness_error=float(error[r]),
+            anchors=calibration.anchors_of(r),
         )
         for r, row in enumerate(rows)
     )

@@ -228,6 +228,59 @@ def plan_effects(
     return _finish(base, steps, demand, sum(lengths) / max(len(lengths), 1), settings, timed)
 
 
+def plan_anchor_effects(
+    base: Checkpoint,
+    experts: int,
+    members: Sequence[tuple[str, Behavior, Sequence[int]]],
+    settings: EffectOptions,
+    *,
+    timed: bool = False,
+) -> Plan:
+    """The plan of `effects` on anchors, with all nodes that it may take.
+
+    Args:
+        experts: how many there are.
+        members: (expert, behaviour with the prompts its anchor is found on, numbers of those that are measured).
+        timed: whether rates are measured (half a second); without, seconds mean nothing.
+    """
+    tokenizer, layers = load_tokenizer(base.folder), base.arch.layers
+    chosen, steering = getattr(settings, "anchor_layer", None), getattr(settings, "steering_prompts", 0)
+    steps: list[Step] = []
+    lengths: list[int] = []
+    depth = (chosen or max(1, round(ASSUMED_DEPTH * layers))) / layers
+    longest = positions = states = 0
+    batches = 0
+    for expert, behavior, measured in members:
+        prompts = Prompts.of(behavior, tokenizer)
+        own = [prompts.asking[i] for i in measured]
+        both, mean = 2 * sum(prompts.asking) + sum(prompts.plain), sum(prompts.asking) / len(prompts.asking)
+        steps.append(Step(f"{behavior.name} of {expert}: states of base and expert", both, reads=3, loads=3))
+        asked = 0 if behavior.verifier is None else min(len(prompts.asking) - len(own), steering)
+        if asked:
+            tries = 1 + len(STEERING_STRENGTHS) + (0 if chosen else CANDIDATES)
+            steps.append(_answers(f"{behavior.name} of {expert}: steering check", tries, asked, mean, behavior))
+            positions = max(positions, asked, behavior.answer_tokens)
+        lengths += own
+        batches += -(-len(own) // settings.batch)
+        longest = max(longest, max(prompts.asking) + (behavior.answer_tokens if asked else 0))
+        states = max(states, sum(prompts.asking), sum(prompts.plain))
+    nodes, point, total = getattr(settings, "max_nodes", ROUND_NODES), 1 + experts, sum(lengths)
+    values = nodes // 2 + 1 + len({expert for expert, _, _ in members})
+    steps += [
+        Step("states along the path", values * total * depth, reads=values * point * depth, loads=values * point),
+        Step(
+            f"effects at {nodes} nodes", nodes * total * (2 + experts) * depth, again=nodes * total * depth,
+            reads=nodes * 3 * point * depth, loads=nodes * point + point,
+        ),
+    ]  # fmt: skip
+    rows = min(settings.batch, max(len(lengths), 1))
+    demand = Demand(
+        graph=rows * longest, kept=max(batches * rows * longest, states), positions=positions, experts=experts,
+        whole_deltas=True,
+    )  # fmt: skip
+    return _finish(base, steps, demand, total / max(len(lengths), 1), settings, timed)
+
+
 def _finish(
     base: Checkpoint,
     steps: Sequence[Step],
