@@ -116,7 +116,7 @@ def test_report_and_card_commands(run: Path, capsys: pytest.CaptureFixture[str])
     assert "<title>Two experts" in page.read_text("utf-8")
     assert text.startswith("# Two experts\n\nTried once.\n")
     assert text.index("| sum | linear |") < text.index("| conflict | conflict |"), "the pipeline's order"
-    assert "| conflict | −0.125 | +0.250 |" in text
+    assert "| conflict | loss | −0.125 | +0.250 |" in text
     assert "| conflict | 0.50 [0.41, 0.59] |" in text
     assert call("card", str(run), "--format", "json") == 0
     card = Path(json.loads(capsys.readouterr().out)["card"])

@@ -28,6 +28,17 @@ from mechmerge.cli.common import (
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @calibration_options
+@click.option(
+    "--metric",
+    type=click.Choice(["loss", "anchor"]),
+    default="loss",
+    show_default=True,
+    help="loss: of the expert's own answers; anchor: recovery of its state along the anchor (components below it alone).",
+)
+@click.option("--steering-prompts", type=click.IntRange(0), default=8, show_default=True,
+              help="Prompts of the anchors' steering check (0: none).")  # fmt: skip
+@click.option("--invalid-anchor", type=click.Choice(["refuse", "report"]), default="refuse", show_default=True,
+              help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The effect file.")
 @click.option(
     "--tolerance",
@@ -57,35 +68,32 @@ def command(
 ) -> None:
     """Measure what every component of every expert does to every behaviour.
 
-    The path goes from BASE to the sum of the experts' deltas; an effect is a component's share of the drop in the negative
-    log-likelihood of a behaviour's expert's own answers (nats per token; positive helps).
+    The path goes from BASE to the sum of the experts' deltas; an effect is a component's share of what a behaviour gains
+    along it: of the drop in the negative log-likelihood of its expert's own answers (nats per answer token), or of the
+    recovery of its expert's state along the anchor (0: the base's, 1: the expert's). Positive helps.
     """
     from mechmerge.cli.models import behavior_rows, open_experts
-    from mechmerge.localize.calibration import rows_of
-    from mechmerge.localize.effects import EffectSettings, measure_effects
-    from mechmerge.localize.plan_steps import plan_effects
+    from mechmerge.localize.effect_file import MEASURED
+    from mechmerge.localize.effects import EffectSettings, measure_effects, plan_matrix
     from mechmerge.models.references import resolve
 
     rows = behavior_rows(behaviors, weights)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
-    settings, model = EffectSettings(**options), resolve(base, progress=progress)
+    settings = EffectSettings(on_invalid=options.pop("invalid_anchor"), **options)
+    model = resolve(base, progress=progress)
     if only_plan:
-        show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
+        show_plan(plan_matrix(model.checkpoint(), len(models), rows, settings), output)
         return
     with memory_guard():
         file = measure_effects(model, models, rows, out, settings, progress)
-    table = [
-        {
-            "behavior": b.name,
-            "expert": b.expert,
-            "answers": f"{b.answers} of {b.prompts}",
-            "loss base": round(b.loss_start, 3),
-            "loss sum": round(b.loss_end, 3),
-            "loss own expert": round(b.loss_expert, 3),
-            "completeness error": round(b.completeness_error, 3),
-        }
-        for b in file.metadata.behaviors
-    ]
+    metadata, table = file.metadata, []
+    for b in metadata.behaviors:
+        at = zip(("base", "sum", "own expert"), metadata.shown(b).values(), strict=True)
+        row: dict[str, Any] = {"behavior": b.name, "expert": b.expert, metadata.counted: f"{b.answers} of {b.prompts}"}
+        row |= {f"{MEASURED[metadata.metric]} {where}": round(value, 3) for where, value in at}
+        table.append(row | {"completeness error": round(b.completeness_error, 3)})
+    for name, caveat in metadata.caveats.items():
+        progress.note(f"note: {name}: {caveat}")
     show(table, output, "effects")

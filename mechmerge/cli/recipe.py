@@ -62,6 +62,7 @@ def command(
     another recipe; the baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
     """
     from mechmerge.cli.models import open_folders
+    from mechmerge.localize.effect_file import MEASURED, UNITS
     from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.compile import compile_recipe, shares
     from mechmerge.recipe.schema import read_recipe, write_recipe
@@ -91,8 +92,9 @@ def command(
         write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
     show(shares(recipe, compiled.masks, sources.unit_parameters()), output, f"recipe {recipe.policy.name}")
     if recipe.predicted is not None and output == "table":
-        rows = [{"behavior": name, "predicted change of loss": round(value, 4)} for name, value in recipe.predicted.items()]
-        show(rows, output, "against the base, nats per answer token")
+        changed = f"predicted change of {MEASURED[recipe.predicted_on]}"
+        rows = [{"behavior": name, changed: round(value, 4)} for name, value in recipe.predicted.items()]
+        show(rows, output, f"against the base, {UNITS[recipe.predicted_on]}")
 
 
 def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,23 @@ from mechmerge.cli.common import (
 )
 
 
+def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str) -> None:
+    """Refuses any metric but the loss, with the reason."""
+    from mechmerge.localize.settings import loss_of_rounds
+
+    try:
+        loss_of_rounds(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The rounds file.")
+@click.option("--metric", default="loss", show_default=True, expose_value=False, callback=loss_alone,
+              help="Rounds are measured on the loss alone.")  # fmt: skip
 @click.option("--max-rounds", type=click.IntRange(1, 4), default=4, show_default=True, help="Most rounds.")
 @memory_options
 @pair_options

@@ -5,8 +5,8 @@ that did not make the vector (localize/anchor.py). What such a value loses on th
 1 at the expert alone. Using it across experts and behaviours is ours. No answer is needed, and the layers from the anchor on
 do not run: components there have exactly 0.
 
-Topics are divided into two halves, as `localize` does: one makes the vector, and only prompts of the other are measured. Where a
-row has several members, each has an anchor of its own, mostly at another layer.
+Topics are divided into two halves, as `localize` does: one makes the vector, and only prompts of the other are measured.
+Where a row has several members, each has an anchor of its own, mostly at another layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from mechmerge.localize.settings import LocalizeSettings, ScoreSource
 from mechmerge.localize.stage import used
 from mechmerge.models.references import Model
 from mechmerge.progress import SILENT, Progress
-
 
 ANCHOR_TOPICS = 12
 """Topics in each half that an anchor is found on, at least, where there are so many; as `localize` has them."""

@@ -26,7 +26,10 @@ from mechmerge.models.references import ModelId
 
 Array = np.ndarray
 EFFECT_KINDS: tuple[str, ...] = (*LEAF_KINDS, *OUTSIDE)
-UNITS: dict[ScoreSource, str] = {"loss": "nats per answer token", "anchor": "recovery: 0 is the base's state, 1 its own expert's"}
+UNITS: dict[ScoreSource, str] = {
+    "loss": "nats per answer token",
+    "anchor": "recovery: 0 is the base's state, 1 its own expert's",
+}
 """What effects and changes are counted in, by metric; positive effects help in either."""
 MEASURED: dict[ScoreSource, str] = {"loss": "loss", "anchor": "recovery"}
 """What is shown of a behaviour at a point, by metric: a loss falls where a behaviour gains, a recovery rises."""
@@ -81,7 +84,9 @@ class EffectMetadata(Document):
     schema_version: Literal[1] = 1
     kind: Literal["effects"] = "effects"
     metric: ScoreSource = "loss"
-    """What effects are of: the `loss` of the expert's own answers, or its state along the `anchor`; older files have the loss."""
+    """What effects are of: the `loss` of the expert's own answers (as in files that say nothing), or its state along the
+    `anchor`.
+    """
     base: ModelId
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' second dimension."""
@@ -106,6 +111,11 @@ class EffectMetadata(Document):
         """A behaviour at `path's start`, `path's end` and `its expert`, as it is shown: losses, or recoveries."""
         values = {"path's start": behavior.loss_start, "path's end": behavior.loss_end, "its expert": behavior.loss_expert}
         return values if self.metric == "loss" else {where: behavior.loss_start - value for where, value in values.items()}
+
+    @property
+    def counted(self) -> str:
+        """What `answers` of a behaviour counts."""
+        return "answers" if self.metric == "loss" else "prompts measured"
 
     @property
     def caveats(self) -> dict[str, str]:

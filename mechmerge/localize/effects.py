@@ -73,8 +73,8 @@ def measure_effects(
     Raises:
         InputError: no behaviours, or one of an expert that is not given.
         PairError: the models cannot be compared.
-        LocalizeError: on the loss, an expert has no answer that passes its behaviour's verifier; on the anchor, an anchor is not
-            valid and such are refused, or has no gap.
+        LocalizeError: on the loss, an expert has no answer that passes its behaviour's verifier; on the anchor, an anchor is
+            not valid and such are refused, or has no gap.
     """
     settings = settings or EffectSettings()
     kind = AnchorCalibration if settings.metric == "anchor" else Calibration

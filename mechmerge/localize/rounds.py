@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
 from mechmerge.localize.effects import integrate
 from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
+from mechmerge.localize.settings import loss_of_rounds
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -43,6 +45,8 @@ Units = dict[str, Array]
 class RoundSettings(CalibrationSettings):
     """Settings of the rounds stage."""
 
+    metric: Annotated[Literal["loss"], BeforeValidator(loss_of_rounds)] = "loss"
+    """Rounds are measured on the loss alone, which covers all components."""
     max_rounds: int = Field(default=4, ge=1, le=4)
     """Most rounds."""
 

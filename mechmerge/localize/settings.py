@@ -87,6 +87,20 @@ class LocalizeSettings(LocalizePlan):
     positions: PositionRule = "same"
 
 
+def loss_of_rounds(metric: object) -> object:
+    """The metric of the rounds, which is the loss.
+
+    Raises:
+        ValueError: another.
+    """
+    if metric != "loss":
+        raise ValueError(
+            f"{metric!r}: rounds are measured on the loss alone, since they settle all components by what the output says; "
+            "`effects` can be measured on the anchor"
+        )
+    return metric
+
+
 def score_file(behavior: str, source: ScoreSource) -> str:
     """Name of the score file of a behaviour."""
     return f"{behavior}.safetensors" if source == "anchor" else f"{behavior}.loss.safetensors"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
-from mechmerge.localize.settings import LocalizePlan
+from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -45,6 +45,11 @@ class BehaviorPlan(Document):
 class EffectPlan(Document):
     """Settings of the effect matrix; see `EffectSettings`."""
 
+    metric: ScoreSource = "loss"
+    """What effects are of: the `loss` of the experts' own answers, or the recovery of their states along the `anchor`."""
+    on_invalid: Literal["refuse", "report"] = "refuse"
+    """What happens when an anchor fails its validity check: an error, or a file that says so."""
+    steering_prompts: int = Field(default=8, ge=0)
     prompts: int = Field(default=48, ge=4)
     tolerance: float = Field(default=0.05, gt=0)
     max_nodes: int = Field(default=10, ge=6)
@@ -55,6 +60,7 @@ class EffectPlan(Document):
 class RoundsPlan(Document):
     """Settings of the rounds, which are run where a recipe has the policy `rounds`; see `RoundSettings`."""
 
+    metric: Annotated[Literal["loss"], BeforeValidator(loss_of_rounds)] = "loss"
     prompts: int = Field(default=48, ge=4)
     max_rounds: int = Field(default=4, ge=1, le=4)
     batch: int = Field(default=16, ge=1)

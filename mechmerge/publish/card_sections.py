@@ -106,6 +106,11 @@ def behaviors(figures: Sequence[tuple[str, str]], measured: Measurements | None)
     scores = {} if measured is None else measured.scores
     doubtful = [f"- ⚠ {tables.cell(label)}: {tables.cell(caveat(file.metadata))}" for label, file in scores.items()
                 if caveat(file.metadata)]  # fmt: skip
+    matrix = None if measured is None else measured.effects
+    if matrix is not None:
+        doubtful += [
+            f"- ⚠ effects on {tables.cell(name)}: {tables.cell(said)}" for name, said in matrix.metadata.caveats.items()
+        ]
     roles = [f"- {tables.cell(tables.marked(label, file))}: {tables.cell(said)}" for label, file in scores.items()
              if (said := role_tables.roles_said(file.metadata))]  # fmt: skip
     known = [f"- {tables.cell(label)}, {kind}: {tables.cell(said)}" for label, file in scores.items()

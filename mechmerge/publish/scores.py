@@ -63,6 +63,7 @@ def _card(files: RunFiles, read: Measurements, paths: list[str], repo: str, lice
         # A table viewer has nothing to show of safetensors files.
         viewer=False,
     )
+    matrix = None if read.effects is None else read.effects.metadata
     first = next((path for path in paths if path.startswith("scores/")), paths[0])
     lines = [
         f"# {tables.cell(files.title) if files.title else 'Measurements'}",
@@ -83,8 +84,13 @@ def _card(files: RunFiles, read: Measurements, paths: list[str], repo: str, lice
         *(f"- `{path}`" for path in paths),
         "",
         "`scores/EXPERT/BEHAVIOR.safetensors`: tensors `<kind>.<measure>` of shape [layers, units]; `effects.safetensors`: "
-        "what every component of every expert does to every behaviour; `rounds.safetensors`: coefficients settled in rounds.",
+        "what every component of every expert does to every behaviour"
+        f"{'' if matrix is None else f' ({tables.cell(matrix.unit)})'}; `rounds.safetensors`: coefficients settled in rounds.",
         "",
+        *(
+            f"⚠ Effects on {tables.cell(name)}: {tables.cell(said)}.\n"
+            for name, said in (matrix.caveats if matrix else {}).items()
+        ),
         "## Use",
         "",
         "```sh",

@@ -23,6 +23,7 @@ from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
+from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import Array, Masks
 
@@ -39,7 +40,9 @@ class Choice:
     masks: Masks
     """`<expert>.<kind>` → float32 [layers, units]."""
     predicted: dict[str, float] | None = None
-    """Predicted change of loss against the base by behaviour, nats per answer token (negative is better)."""
+    """Predicted change against the base by behaviour: of what, `metric` says."""
+    metric: ScoreSource = "loss"
+    """`loss`: nats per answer token, negative is better; `anchor`: recovery, positive is better."""
     notes: tuple[str, ...] = field(default=())
     """What a user should know of how the files were used."""
     realised: dict[str, float] | None = None
@@ -47,14 +50,18 @@ class Choice:
 
 
 def behavior_weights(
-    behaviors: Sequence[BehaviorEffect], weights: Mapping[str, float] | None = None, weighting: Weighting = "own-gain"
+    behaviors: Sequence[BehaviorEffect],
+    weights: Mapping[str, float] | None = None,
+    weighting: Weighting = "own-gain",
+    metric: ScoreSource = "loss",
 ) -> Array:
     """float64 [behaviours]: the user's weight, divided by the own expert's gain under `own-gain`.
 
     Args:
         behaviors: rows of the effect file.
         weights: weights by name, in the place of those in the file.
-        weighting: `own-gain` makes a nat count by how much the behaviour had to win; `equal` counts nats as they are.
+        weighting: `own-gain` makes an effect count by how much the behaviour had to win; `equal` counts effects as they are.
+        metric: of the effect file.
 
     Raises:
         InputError: a weight for a behaviour that is not there, one that is not positive, or an expert that gains nothing.
@@ -70,10 +77,14 @@ def behavior_weights(
             raise InputError(f"weight of {behavior.name}", expected="a positive number", found=str(weight))
         if weighting == "own-gain":
             if behavior.own_gain <= 0:
+                wanted, unit = {
+                    "loss": ("lower its loss", "nats per token"),
+                    "anchor": ("move its state along the anchor", "of recovery"),
+                }[metric]
                 raise InputError(
                     f"behaviour {behavior.name}",
-                    expected=f"its own expert {behavior.expert} to lower its loss",
-                    found=f"a gain of {behavior.own_gain:.3f} nats per token",
+                    expected=f"its own expert {behavior.expert} to {wanted}",
+                    found=f"a gain of {behavior.own_gain:.3f} {unit}",
                     fix="leave the behaviour out, or use --weighting equal",
                 )
             weight /= behavior.own_gain
@@ -100,7 +111,7 @@ def conflict(
         InputError: see `behavior_weights`.
     """
     metadata = effects.metadata
-    w = behavior_weights(metadata.behaviors, weights, weighting)
+    w = behavior_weights(metadata.behaviors, weights, weighting, metadata.metric)
     masks: Masks = {}
     for kind in UNIT_KINDS:
         measure = f"{kind}.half" if agreement else f"{kind}.effect"
@@ -112,7 +123,8 @@ def conflict(
         for i, expert in enumerate(metadata.experts):
             masks[f"{expert}.{kind}"] = np.where(harmful[i], 0, 1).astype(np.float32)
     defaults = dict.fromkeys(metadata.experts, 1.0)
-    return Choice(defaults, masks, predicted_change(effects, defaults, masks))
+    notes = tuple(f"effects on {name}: {caveat}" for name, caveat in metadata.caveats.items())
+    return Choice(defaults, masks, predicted_change(effects, defaults, masks), metadata.metric, notes)
 
 
 def rounds(file: RoundsFile) -> Choice:
@@ -131,16 +143,19 @@ def rounds(file: RoundsFile) -> Choice:
         dict.fromkeys(metadata.experts, 1.0),
         masks,
         {name: round(value, 6) for name, value in predicted.items()},
+        "loss",
         notes,
         {name: round(value, 6) for name, value in realised.items()},
     )
 
 
 def predicted_change(effects: EffectFile, defaults: Mapping[str, float], masks: Masks) -> dict[str, float]:
-    """Change of each behaviour's loss that the effects predict: −Σ coefficient × effect, nats per answer token.
+    """Change of each behaviour that the effects predict: on the loss −Σ coefficient × effect, nats per answer token; on the
+    anchor Σ coefficient × effect, recovery.
 
-    It is exact (up to the completeness error) at coefficient 1 everywhere, and linear in between, which the loss is not.
+    It is exact (up to the completeness error) at coefficient 1 everywhere, and linear in between, which neither metric is.
     """
+    sign = -1 if effects.metadata.metric == "loss" else 1
     gains = np.zeros(len(effects.metadata.behaviors))
     for kind in EFFECT_KINDS:
         values = effects.arrays.get(f"{kind}.effect")
@@ -149,7 +164,7 @@ def predicted_change(effects: EffectFile, defaults: Mapping[str, float], masks: 
         for i, expert in enumerate(effects.metadata.experts):
             coefficient = masks.get(f"{expert}.{kind}", np.float32(defaults[expert]))
             gains += (values[:, i].astype(np.float64) * coefficient).sum(axis=(-2, -1))
-    return {b.name: float(round(-gain, 6)) for b, gain in zip(effects.metadata.behaviors, gains, strict=True)}
+    return {b.name: float(round(sign * gain, 6)) for b, gain in zip(effects.metadata.behaviors, gains, strict=True)}
 
 
 def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overlap = "sum") -> Choice:
@@ -184,7 +199,7 @@ def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overl
             values *= np.arange(len(scores))[:, None, None] == ranked.argmax(axis=0)
         for i, expert in enumerate(scores):
             masks[f"{expert}.{kind}"] = values[i]
-    return Choice(dict.fromkeys(scores, 0.0), masks, None, tuple(notes))
+    return Choice(dict.fromkeys(scores, 0.0), masks, notes=tuple(notes))
 
 
 def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mechmerge.artifacts import Document, read_arrays, read_document, sha256_file, write_arrays, write_yaml
 from mechmerge.errors import SchemaError
+from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
 from mechmerge.models.references import ModelId
@@ -110,9 +111,11 @@ class Recipe(Document):
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
     predicted: dict[str, float] | None = None
-    """Predicted change of each behaviour's loss against the base, in nats per answer token (negative is better)."""
+    """Predicted change of each behaviour against the base, of what `predicted_on` says."""
+    predicted_on: ScoreSource = "loss"
+    """`loss`: nats per answer token, negative is better; `anchor`: recovery of the state, positive is better."""
     realised: dict[str, float] | None = None
-    """The change that was measured at this recipe's coefficients on the calibration answers, where it was."""
+    """The change of loss that was measured at this recipe's coefficients on the calibration answers, where it was."""
     provenance: tuple[Source, ...] = ()
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
+from mechmerge.localize.effect_file import EFFECT_KINDS, MEASURED, EffectFile
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS
 from mechmerge.report.style import signed
@@ -13,19 +13,20 @@ from mechmerge.report.tables import DEPTHS, Rows
 
 def losses_rows(effects: EffectFile) -> Rows:
     """What is known of each behaviour of an effect file."""
-    header = ["behaviour", "its expert", "weight", "answers used", "loss, path's start", "loss, path's end", "loss, its expert"]
+    meta = effects.metadata
+    used = "answers used" if meta.metric == "loss" else meta.counted
+    header = ["behaviour", "its expert", "weight", used]
+    header += [f"{MEASURED[meta.metric]}, {where}" for where in ("path's start", "path's end", "its expert")]
     rows: list[tuple[object, ...]] = [
         (
-            f"{b.name} ({', '.join(b.members)})" if b.members != (b.name,) else b.name,
+            ("⚠ " if b.caveat else "") + (f"{b.name} ({', '.join(b.members)})" if b.members != (b.name,) else b.name),
             b.expert,
             f"{b.weight:g}",
             f"{b.answers} of {b.prompts}",
-            f"{b.loss_start:.3f}",
-            f"{b.loss_end:.3f}",
-            f"{b.loss_expert:.3f}",
+            *(f"{value:.3f}" for value in meta.shown(b).values()),
             f"{100 * b.completeness_error:.1f} %",
         )
-        for b in effects.metadata.behaviors
+        for b in meta.behaviors
     ]
     return [*header, "completeness error"], rows
 

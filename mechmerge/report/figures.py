@@ -162,14 +162,14 @@ def effect_map(effects: EffectFile, path: Path) -> None:
             for e, expert in enumerate(metadata.experts):
                 axis = axes[b, e]
                 image = grid(axis, values[b, e], limit)
-                own = " (its own)" if behavior.expert == expert else ""
+                own = (" (its own)" if behavior.expert == expert else "") + (" ⚠ anchor not valid" if behavior.caveat else "")
                 extra = f", outside the layers {signed(outside[b, e])}" if abs(outside[b, e]) >= 0.0005 else ""
                 axis.set_title(f"on {behavior.name}, of {expert}{own}\ntotal {signed(total[b, e])}{extra}", fontsize=9)
                 layer_ticks(axis, values.shape[-1])
                 axis.set_yticks(range(len(kinds)), [_plural(kind) for kind in kinds])
                 if b + 1 < len(metadata.behaviors):
                     axis.set_xlabel("")
-        colour_bar(drawn, image, axes, wrapped("effect (nats per answer token; positive helps)", 34))
+        colour_bar(drawn, image, axes, wrapped(f"effect ({metadata.unit}; positive helps)", 34))
 
 
 def _outside(effects: EffectFile) -> list[str]:

@@ -161,11 +161,13 @@ def _effects(path: Path) -> Inspection:
     facts = _facts(
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
+        metric=f"{meta.metric} ({meta.unit})",
         path=meta.path,
         gradient_points=len(meta.nodes),
         dtype=meta.dtype,
         seed=meta.seed,
     )
+    facts += _facts(**{f"caveat_{name}": why for name, why in meta.caveats.items()})
     shown = {
         "effects": facts,
         "behaviours": _parsed(effect_tables.losses_rows(file)),
@@ -203,7 +205,7 @@ def _recipe(path: Path) -> Inspection:
     )
     shown = {"recipe": facts, "shares": _parsed(recipe_rows({path.parent.name: path}))}
     if recipe.predicted:
-        shown["predicted change of loss"] = _parsed(predicted_rows({path.parent.name: path}))
+        shown["predicted change"] = _parsed(predicted_rows({path.parent.name: path}))
     if recipe.rules:
         shown["rules"] = [rule.model_dump(mode="json") for rule in recipe.rules]
     return Inspection("recipe", recipe.model_dump(mode="json"), _shapes(masks), shown)

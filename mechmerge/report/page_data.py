@@ -208,7 +208,8 @@ def _effects(matrix: EffectFile, most_neurons: int) -> dict[str, Any]:
     sums = np.stack([matrix.arrays[f"{kind}.effect"].sum(axis=-1) for kind in names]) if names else np.zeros(1)
     meta = matrix.metadata
     return {
-        "behaviors": [{"name": b.name, "expert": b.expert} for b in meta.behaviors],
+        "unit": meta.unit,
+        "behaviors": [{"name": b.name, "expert": b.expert, "doubtful": b.caveat is not None} for b in meta.behaviors],
         "experts": [{"name": name, "digest": model.digest} for name, model in meta.experts.items()],
         "kinds": kinds,
         "span": digits(span(sums)),

@@ -116,7 +116,7 @@ def recipes(run: Measurements, kept: Mapping[str, KeptOf]) -> str:
         table("What each recipe takes of each expert", recipe_rows(run.recipes, sizes)),
         chart("recipes"),
         table("Share of units taken, by kind and third of the model", depth_kept_rows(kept)),
-        *([paragraph(summary.PREDICTED_SAID), table("Predicted change of loss", predicted)] if predicted[1] else []),
+        *([paragraph(summary.PREDICTED_SAID), table("Predicted change", predicted)] if predicted[1] else []),
     )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mechmerge.localize.effect_file import EffectFile
+from mechmerge.localize.effect_file import MEASURED, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.families import FAMILIES, Architecture
@@ -133,17 +133,19 @@ def recipe_rows(recipes: Mapping[str, Path], sizes: Mapping[str, int] | None = N
 
 
 def predicted_rows(recipes: Mapping[str, Path]) -> Rows:
-    """A header and one row for each recipe that predicts changes of loss; no rows where none does."""
+    """A header and one row for each recipe that predicts changes, of what its second column says; no rows where none does."""
     read = {name: read_recipe(path)[0] for name, path in recipes.items()}
     behaviors = list(dict.fromkeys(behavior for recipe in read.values() for behavior in recipe.predicted or {}))
     rows: list[tuple[object, ...]] = [
-        (name, *(_change(recipe, behavior) for behavior in behaviors)) for name, recipe in read.items() if recipe.predicted
+        (name, MEASURED[recipe.predicted_on], *(_change(recipe, behavior) for behavior in behaviors))
+        for name, recipe in read.items()
+        if recipe.predicted
     ]
-    return ["recipe", *behaviors], rows
+    return ["recipe", "change of", *behaviors], rows
 
 
 def _change(recipe: Recipe, behavior: str) -> str:
-    """The predicted change of a behaviour's loss, and the measured one where there is one."""
+    """The predicted change of a behaviour, and the measured one where there is one."""
     if behavior not in (recipe.predicted or {}):
         return "–"
     measured = (recipe.realised or {}).get(behavior)

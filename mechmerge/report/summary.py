@@ -39,8 +39,9 @@ RECIPES_SAID = (
     "covers everything that no rule and no mask names."
 )
 PREDICTED_SAID = (
-    "Predicted change of loss against the base (nats per answer token; negative is better). A prediction without a "
-    "measurement is linear in what is dropped, which the loss is not:"
+    "Predicted change against the base: of the loss (nats per answer token; negative is better), or of the recovery of the "
+    "state along the anchor (1 is the own expert's; positive is better). A prediction without a measurement is linear in what "
+    "is dropped, which neither is:"
 )
 DEPTH_SAID = "Share of the positive weight-patching scores in each third of the model (components after the anchor have none):"
 CURVES_SAID = (
@@ -155,12 +156,19 @@ def _effect_section(matrix: EffectFile | None, out: Path) -> list[str]:
 
 
 def effects_said(meta: EffectMetadata) -> str:
-    """What the effects of a file are."""
-    return (
-        f"What each component of each expert does to each behaviour along {tables.cell(meta.path)}: its share of the drop in "
-        f"loss, in nats per answer token (positive helps), from {len(meta.nodes)} gradient points. The completeness error says "
-        "how far the shares miss the whole drop."
+    """What the effects of a file are, and what they may not be taken for."""
+    shared = {
+        "loss": f"the drop in loss, in {meta.unit}",
+        "anchor": f"the recovery of the state along the anchor ({meta.unit})",
+    }
+    said = (
+        f"What each component of each expert does to each behaviour along {tables.cell(meta.path)}: its share of "
+        f"{shared[meta.metric]} (positive helps), from {len(meta.nodes)} gradient points. The completeness error says how far "
+        "the shares miss the whole."
     )
+    if meta.metric == "anchor":
+        said += " Components after a behaviour's anchor have 0: what they do, recovery does not say."
+    return " ".join([said, *(f"⚠ {tables.cell(name)}: {tables.cell(why)}." for name, why in meta.caveats.items())])
 
 
 def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:

@@ -8,7 +8,8 @@ function effects(host) {
   host.append(grid, opened);
   for (const [b, behavior] of behaviors.entries()) {
     for (const [e, expert] of experts.entries()) {
-      const title = `on ${behavior.name}, of ${expert.name}${behavior.expert === expert.name ? " (its own)" : ""}`;
+      const own = behavior.expert === expert.name ? " (its own)" : "";
+      const title = `on ${behavior.name}, of ${expert.name}${own}${behavior.doubtful ? " ⚠ anchor not valid" : ""}`;
       const place = node("div", { class: "panel" }, node("h3", {}, title));
       grid.append(place);
       const layers = kinds[names[0]].sum.n[2];
@@ -21,7 +22,7 @@ function effects(host) {
         colours: "diverging",
         limit: span,
         root: true,
-        unit: "nats per answer token; positive helps; colours by square root",
+        unit: `${DATA.effects.unit}; positive helps; colours by square root`,
         note: "click to open single components",
         value: (row, layer) => values(kinds[names[row]].sum)[at(layer)],
         activate: (row, layer) => kinds[names[row]].effect && oneEffect(opened, b, e, names[row], layer),
@@ -60,7 +61,7 @@ function oneEffect(host, b, e, kind, layer) {
     axis: kind,
     colours: "diverging",
     limit: Math.max(...effect.map(Math.abs)) || 1,
-    unit: "nats per answer token; positive helps",
+    unit: `${DATA.effects.unit}; positive helps`,
     height: count > 64 ? 12 : 18,
     value: (row, column) => (cell(row, column) < count ? effect[cell(row, column)] : undefined),
     facts: (row, column) => {
