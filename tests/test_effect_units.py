@@ -141,7 +141,7 @@ def test_report_page_inspection_and_card_name_the_unit(anchored: Path, capsys: p
     effects = page_data(run, None, {})["effects"]
     assert effects["unit"] == UNITS["anchor"]
     assert [behavior["doubtful"] for behavior in effects["behaviors"]] == [True, False]
-    shown = inspect_file(anchored / "effects.safetensors").shown
+    shown = inspect_file(anchored / "effects.safetensors").tables
     facts = {row["field"]: row["value"] for row in shown["effects"]}
     assert facts["metric"] == f"anchor ({UNITS['anchor']})"
     assert facts["caveat formats"] == CAVEAT
