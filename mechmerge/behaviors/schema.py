@@ -30,7 +30,7 @@ class Verifier(Document):
     """How an answer is judged: the name of a checker and its arguments (behaviors/verifiers.py lists them)."""
 
     name: str
-    """An IFEval instruction id, `number` (the last number of the answer is `answer`), or `contains`."""
+    """An instruction id of IFEval or IFBench, `number` (the last number of the answer is `answer`), `contains`, or `python`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     min_words: int = Field(default=0, ge=0)
     """Shorter answers fail, whatever they look like (0: no floor)."""
