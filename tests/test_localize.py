@@ -10,8 +10,9 @@ import pytest
 
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import LocalizeError, PairError
-from mechmerge.localize import stage
+from mechmerge.localize import anchoring
 from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.localize.scoring import Scorer
 from mechmerge.localize.stage import LocalizeSettings, localize
 from mechmerge.models.components import SCORED_KINDS
 from mechmerge.models.references import Model, resolve
@@ -47,8 +48,12 @@ def test_score_file_holds_what_design_says(measured: Path, base: Model, expert: 
         assert file.arrays[f"{kind}.delta_norm"].min() > 0
     for kind in ("attention", "mlp", "layer"):
         assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).all(), "all modules are really patched"
-    for kind in ("head", "kv", "neuron"):
-        assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).sum() == min(3, 2 * arch.units(kind))
+        assert np.isfinite(file.arrays[f"{kind}.output"][2:]).all(), "modules after the anchor are judged by the output"
+        assert np.isnan(file.arrays[f"{kind}.output"][:2]).all()
+    for measure in ("sufficiency", "necessity", "activation"):
+        # The best three neurons; all heads and KV groups, since both attentions are among the four that pass on most.
+        found = {kind: int(np.isfinite(file.arrays[f"{kind}.{measure}"][:2]).sum()) for kind in ("head", "kv", "neuron")}
+        assert found == {"head": 2 * arch.heads, "kv": 2 * arch.kv_groups, "neuron": 3}, measure
     metadata = file.metadata
     assert (metadata.base, metadata.expert) == (base.id, expert.id)
     assert metadata.identity_control == 0.0
@@ -112,13 +117,13 @@ def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     (usual,) = localize(base, near, [behavior()], tmp_path / "usual", SETTINGS)
     before = read_scores(usual)
     scale = before.metadata.anchor.gap if before.metadata.scale == "recovery" else 1.0
-    judge = stage.judge
+    judge = anchoring.judge
 
     def closed(*arguments, **keywords):  # type: ignore[no-untyped-def]
         vector, record = judge(*arguments, **keywords)
         return vector, record.model_copy(update={"gap_low": -1.0, "valid": False, "reasons": ("no gap",)})
 
-    monkeypatch.setattr(stage, "judge", closed)
+    monkeypatch.setattr(anchoring, "judge", closed)
     (path,) = localize(base, near, [behavior()], tmp_path / "out", SETTINGS)
     file = read_scores(path)
     assert file.metadata.scale == "difference"
@@ -138,23 +143,22 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     whole = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "whole", SETTINGS)
     calls = 0
-    patch_layer = stage.patch_layer
+    patch = Scorer._patch
 
     def stops(*arguments):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return patch_layer(*arguments)
+        return patch(*arguments)
 
-    monkeypatch.setattr(stage, "patch_layer", stops)
+    monkeypatch.setattr(Scorer, "_patch", stops)
     with pytest.raises(KeyboardInterrupt):
         localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
-    monkeypatch.setattr(stage, "patch_layer", patch_layer)
     before = calls
-    monkeypatch.setattr(stage, "patch_layer", lambda *a: patch_layer(*a))
     again = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
-    assert before == 4
+    # Two behaviours, two layers; activation patching of modules and of units, weight patching, knockout.
+    assert (before, calls) == (4, 4 + 2 * 2 * 4 - 3)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in whole]
     assert not (tmp_path / "cut" / ".units").exists()
 

@@ -207,6 +207,33 @@ def named(values: Iterable[str], what: str) -> dict[str, str]:
     return result
 
 
+def named_numbers(values: Iterable[str], what: str) -> dict[str, float]:
+    """Parses NAME=NUMBER options.
+
+    Raises:
+        InputError: one without a name or a number, or a name twice.
+    """
+    given = named(values, what)
+    try:
+        return {name: float(value) for name, value in given.items()}
+    except ValueError:
+        raise InputError(what, expected="NAME=NUMBER", found=" ".join(values)) from None
+
+
+class CountOrAuto(click.ParamType[int | str]):
+    """A number of at least 0, or the word `auto`."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number as an int."""
+        if value == "auto" or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return int(value)
+
+
 class LineProgress:
     """Progress as plain lines, for a stderr that is not a terminal: one when a step starts, one when it ends."""
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    CountOrAuto,
     device_option,
     escape,
     format_option,
     make_progress,
     memory_guard,
     memory_options,
+    named_numbers,
     pair_options,
     quiet_option,
     set_threads,
@@ -34,16 +36,28 @@ if TYPE_CHECKING:
     "--behavior", "behaviors", multiple=True, required=True, metavar="NAME|FILE", help="A behaviour; repeat for more."
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the score files.")
+@click.option("--source", "sources", type=click.Choice(["anchor", "loss"]), multiple=True, default=("anchor",),
+              show_default=True, help="Scores on an anchor, or on the loss of EXPERT's answers; repeat.")  # fmt: skip
 @click.option("--anchor-layer", type=click.IntRange(1), help="Residual stream after this layer (default: chosen by validity).")
-@click.option(
-    "--verify", type=click.IntRange(0), default=16, show_default=True, help="Best heads, KV groups and neurons (each) to patch."
-)
+@click.option("--measure", "measures", type=click.Choice(["sufficiency", "necessity", "activation"]), multiple=True,
+              default=("sufficiency", "necessity", "activation"), show_default=True,
+              help="Weight patching (always), knockout, activation patching; repeat.")  # fmt: skip
+@click.option("--verify", type=CountOrAuto(), default="16", show_default=True, metavar="N|auto",
+              help="Best heads, KV groups and neurons (each) to replace; auto: until the --top best are known.")  # fmt: skip
+@click.option("--top", type=click.IntRange(1), default=8, show_default=True,
+              help="Heads, KV groups and neurons (each) that --verify auto looks for.")  # fmt: skip
+@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9, show_default=True,
+              help="Confidence that --verify auto stops at.")  # fmt: skip
+@click.option("--role-threshold", "thresholds", multiple=True, metavar="NAME=VALUE",
+              help="What counts as high for a role: module, head, neuron or output (shares), low, errors; repeat.")  # fmt: skip
 @click.option(
     "--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on."
 )
 @click.option(
     "--steering-prompts", type=click.IntRange(0), default=8, show_default=True, help="Prompts of the steering check (0: none)."
 )
+@click.option("--output-prompts", type=click.IntRange(0), default=6, show_default=True,
+              help="Prompts on which modules after the anchor are judged by the output (0: none).")  # fmt: skip
 @click.option("--curves/--no-curves", default=True, show_default=True,
               help="Move growing sets of the best components in, beside random and magnitude sets.")  # fmt: skip
 @click.option("--curve-seeds", type=click.IntRange(2), default=3, show_default=True, help="Random orders of the set curves.")
@@ -67,6 +81,7 @@ def command(
     expert: str,
     behaviors: tuple[str, ...],
     out: Path,
+    thresholds: tuple[str, ...],
     only_plan: bool,
     threads: int | None,
     quiet: bool,
@@ -76,19 +91,24 @@ def command(
     """Find which components of EXPERT carry a behaviour that BASE lacks.
 
     BASE and EXPERT are model references: a folder, owner/name[@revision], demo:NAME, each with +ADAPTER if need be.
-    Writes OUT/BEHAVIOR.safetensors, a score file, for each behaviour, and the anchors under OUT/anchors. Set curves tell
-    whether the scores mean anything: a localization that is not above its controls is labelled so.
+    Writes OUT/BEHAVIOR.safetensors, a score file, for each behaviour (OUT/BEHAVIOR.loss.safetensors for scores on the loss),
+    and the anchors under OUT/anchors. Set curves tell whether the scores mean anything: a localization that is not above its
+    controls is labelled so.
     """
+    from mechmerge.artifacts import parse_document
     from mechmerge.behaviors.schema import load_behavior
     from mechmerge.localize.plan_steps import plan_localize
+    from mechmerge.localize.roles import RoleThresholds
     from mechmerge.localize.scores import read_scores
-    from mechmerge.localize.stage import LocalizeSettings, localize, used
+    from mechmerge.localize.settings import LocalizeSettings
+    from mechmerge.localize.stage import localize, used
     from mechmerge.models.references import resolve
 
     loaded = [load_behavior(name) for name in behaviors]
     set_threads(threads)
     progress = make_progress(quiet)
-    settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), **options)
+    roles = parse_document(RoleThresholds, named_numbers(thresholds, "--role-threshold"), "--role-threshold")
+    settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), roles=roles, **options)
     models = resolve(base, progress=progress), resolve(expert, progress=progress)
     if only_plan:
         show_plan(plan_localize(models[0].checkpoint(), used(loaded, settings), settings, timed=True), output)
@@ -100,8 +120,12 @@ def command(
     show(rows, output, "anchors")
     if output == "table":
         for _, metadata in files:
+            if metadata.roles is not None:
+                click.echo(f"{metadata.label}: {metadata.roles.sentence}")
+            for kind, record in metadata.verification.items():
+                click.echo(f"{metadata.label}: {kind}s: {record.sentence}")
             if metadata.curves is not None:
-                verdict = f"{metadata.behavior}: {metadata.curves.verdict}"
+                verdict = f"{metadata.label}: {metadata.curves.verdict}"
                 show(_points(metadata.curves), output, f"set curves of {escape(verdict)}")
 
 
@@ -109,10 +133,10 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
     anchor, curves = metadata.anchor, metadata.curves
     row: dict[str, Any] = {
         "behavior": metadata.behavior,
-        "layer": anchor.layer,
-        "anchor": "valid" if anchor.valid else "NOT VALID: " + "; ".join(anchor.reasons),
-        "separation": round(anchor.separation, 3),
-        "gap": round(anchor.gap, 3),
+        "scores on": "loss" if anchor is None else f"layer {anchor.layer}",
+        "valid": "yes" if metadata.valid else "NOT VALID: " + "; ".join(metadata.reasons),
+        "separation": None if anchor is None else round(anchor.separation, 3),
+        "gap": round(metadata.record.gap, 3),
         "scale": metadata.scale,
         "localization": "not compared with controls" if curves is None else curves.label,
         "file": str(path),
@@ -121,6 +145,8 @@ def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:
         return row
     return row | {
         "verdict": None if curves is None else curves.verdict,
+        "roles": None if metadata.roles is None else metadata.roles.model_dump(mode="json"),
+        "verification": {kind: record.model_dump(mode="json") for kind, record in metadata.verification.items()},
         "curves": None if curves is None else curves.model_dump(mode="json"),
     }
 

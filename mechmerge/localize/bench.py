@@ -81,6 +81,14 @@ class Bench:
         self.check_length(encoded.input_ids.shape[1])
         return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
 
+    def batch(self, ids: Sequence[Sequence[int]]) -> Batch:
+        """Puts token ids of some texts into one left-padded batch."""
+        self.check_length(max(map(len, ids)))
+        width, pad = max(map(len, ids)), self.tokenizer.pad_token_id
+        rows = torch.tensor([[pad] * (width - len(own)) + list(own) for own in ids])
+        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids])
+        return Batch(rows.to(self.device), mask.to(self.device))
+
     def check_length(self, tokens: int) -> None:
         """Refuses a prompt of so many tokens that does not fit into the model's context.
 
@@ -117,6 +125,13 @@ class Bench:
         with contextlib.nullcontext() if residual is None else self.passing(residual):
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
+
+    def logits(self, residual: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K, vocabulary] of a residual stream after all layers, [B, K, D]: final norm and head alone."""
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        with self.passing(residual):
+            found: torch.Tensor = self._call(Batch(ids, torch.ones_like(ids))).logits
+        return found
 
     def run(self, batch: Batch, stop: int) -> torch.Tensor:
         """The residual stream after `stop` layers, [B, T, D]; the layers above and the language head do not run."""
