@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from benchmarks.planted.testbeds import Testbed
+from benchmarks.planted.testbeds import Bed
 from mechmerge.localize.anchor import States, judge
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.measure import Anchor, screen
@@ -42,7 +42,7 @@ def holding(bench: Bench, tensors: Tensors) -> Iterator[None]:
         put(own)
 
 
-def anchor_of(testbed: Testbed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
+def anchor_of(testbed: Bed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
     """The anchor, made from the testbed's vector prompts and judged on its score prompts."""
     bench, pairs = testbed.bench, [*testbed.vector, *testbed.score]
 
@@ -67,7 +67,7 @@ class Measurement:
         expert: the tensors that differ from the base.
     """
 
-    def __init__(self, testbed: Testbed, anchor: Anchor, expert: Tensors) -> None:
+    def __init__(self, testbed: Bed, anchor: Anchor, expert: Tensors) -> None:
         self.bench, self.anchor, self.expert = testbed.bench, anchor, expert
         self.texts = [x for x, _ in testbed.score]
         ids = [self.bench.tokenizer(text, add_special_tokens=False).input_ids for text in self.texts]
