@@ -57,12 +57,14 @@ def commit() -> str:
 
 
 def finish(name: str, figures: dict[str, Any], goals: dict[str, Goal], save: bool, quick: bool = False) -> None:
-    """Prints figures and goals, saves if asked, and exits 1 when a goal is missed."""
-    met = all(goal.met(float(figures[figure])) for figure, goal in goals.items())
+    """Prints figures and goals, saves if asked, and exits 1 when a goal is missed; one whose figure is absent is missed."""
+    met = all(figure in figures and goal.met(float(figures[figure])) for figure, goal in goals.items())
     for figure, value in figures.items():
         goal = goals.get(figure)
         verdict = "" if goal is None else f"   goal {goal}: {'met' if goal.met(float(value)) else 'MISSED'}"
         print(f"{figure:44s} {value if not isinstance(value, float) else f'{value:.4g}'}{verdict}")
+    for figure in goals.keys() - figures.keys():
+        print(f"{figure:44s} absent   goal {goals[figure]}: MISSED")
     record = {
         "name": name,
         "quick": quick,

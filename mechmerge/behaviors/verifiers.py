@@ -1,4 +1,5 @@
-"""Judging answers: the official IFEval checkers, strict and loose, and our own `contains`, `json`, `number` and `python`.
+"""Judging answers: the official IFEval checkers, strict and loose, IFBench's (ifbench.py), and our own `contains`, `json`,
+`number` and `python`.
 
 IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdicts of its
 `test_instruction_following_strict` and `…_loose`. What is changed,
@@ -20,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from mechmerge.behaviors import ifbench, nltk_data
 from mechmerge.behaviors.checkers import checker_classes
-from mechmerge.behaviors.punkt import ensure_punkt
+from mechmerge.behaviors.readings import readings_of
 from mechmerge.behaviors.schema import Verifier
 from mechmerge.errors import InputError
 
@@ -70,7 +72,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\
 
 
 def verifier_names() -> list[str]:
-    """Names of all verifiers."""
+    """Names of all verifiers but IFBench's (`ifbench.ids`), which an extra brings."""
     return sorted(IFEVAL) + sorted(OWN)
 
 
@@ -79,11 +81,14 @@ def check_verifier(verifier: Verifier) -> None:
 
     Raises:
         InputError: an unknown name or argument.
-        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
+        MissingError: the checker needs data of NLTK that is neither installed nor to be fetched, or the extra `ifbench`.
     """
+    if ifbench.is_constraint(verifier.name):
+        ifbench.check_constraint(verifier.name, verifier.arguments)
+        return
     _keys(verifier.name, verifier.arguments)
     if verifier.name in NEED_PUNKT:
-        ensure_punkt()
+        nltk_data.ensure("punkt_tab")
 
 
 def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
@@ -92,6 +97,9 @@ def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: a missing or unknown argument, or one that the checker does not accept.
     """
+    if ifbench.is_constraint(verifier.name):
+        ifbench.check_arguments(verifier.name, {**verifier.arguments, **arguments})
+        return
     merged = _arguments(verifier, arguments)
     if verifier.name in IFEVAL:
         with _seeded():
@@ -110,11 +118,14 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
 
     Raises:
         InputError: an unknown verifier, or a missing, unknown or refused argument.
-        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
+        MissingError: the checker needs data of NLTK that is neither installed nor to be fetched, or the extra `ifbench`.
     """
+    if ifbench.is_constraint(verifier.name):
+        merged = {**verifier.arguments, **arguments}
+        return ifbench.judge(verifier.name, merged, prompt, answer, loose=loose, fits=lambda text: _long_enough(verifier, text))
     merged = _arguments(verifier, arguments)
     if verifier.name in NEED_PUNKT:
-        ensure_punkt()
+        nltk_data.ensure("punkt_tab")
     if verifier.name in OWN:
         return any(_long_enough(verifier, text) and _own(verifier.name, text, merged) for text in readings_of(answer, loose))
     with _seeded() as reseed:
@@ -125,15 +136,6 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
             if _long_enough(verifier, text) and checker.check_following(text):
                 return True
     return False
-
-
-def readings_of(answer: str, loose: bool) -> list[str]:
-    """The texts of which one must pass, each once: the answer, or IFEval's eight loose ones in lm-eval's order."""
-    if not loose:
-        return [answer]
-    lines = answer.split("\n")
-    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    return list(dict.fromkeys([answer, answer.replace("*", ""), *cut, *(text.replace("*", "") for text in cut)]))
 
 
 def _long_enough(verifier: Verifier, text: str) -> bool:
@@ -169,7 +171,8 @@ def _json(answer: str) -> bool:
 def _keys(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     keys = IFEVAL.get(name, OWN.get(name))
     if keys is None:
-        raise InputError(f"verifier {name!r}", expected=f"one of {', '.join(verifier_names())}", found="an unknown name")
+        known = f"one of {', '.join(verifier_names())}, or a constraint of IFBench"
+        raise InputError(f"verifier {name!r}", expected=known, found="an unknown name")
     unknown = sorted(set(arguments) - set(keys))
     if unknown:
         raise InputError(
