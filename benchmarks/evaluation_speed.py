@@ -5,7 +5,8 @@ of lm-eval with batches of 8, 16, 32 and 64 (its batch size is set, all else is 
 dtype, rendered prompts, limit of tokens and end tokens, greedy. They take turns, in the opposite order every other round;
 of every setting the fastest round counts. Timed is generation alone: loading models and importing packages is outside.
 
-- `throughput_ratio`: our prompts a second over those of lm-eval's best batch, bfloat16.
+- `throughput_ratio`: our prompts a second over those of lm-eval's best batch, bfloat16. `--quick` asks for no less than theirs:
+  16 prompts fill no batch, and what is the same for any number of prompts is no share of a real evaluation.
 - `overhead_share`: of an evaluation's time without loading, what is not generation: tokenizing, verdicts, files, statistics.
 - `same_answers_fp32_share`: of an even part of the prompts, answers in float32 that are equal to lm-eval's, letter by letter.
 """
@@ -35,6 +36,7 @@ GOALS = {
     "overhead_share": Goal(0.05),
     "same_answers_fp32_share": Goal(1.0, at_most=False),
 }
+QUICK_GOALS = {"throughput_ratio": Goal(1.0, at_most=False), "same_answers_fp32_share": GOALS["same_answers_fp32_share"]}
 
 
 class Theirs:
@@ -131,7 +133,7 @@ def main(quick: bool, save: bool, batch: int, threads: int, rounds: int) -> None
         "same_answers_fp32_share": same(Ours(model, few, dtype="float32", batch=batch).texts, fp32),
         "same_answers_exact_share": same(Ours(model, few, dtype="float32", batch=batch, exact=True).texts, fp32),
     }
-    finish("evaluation_speed", figures, GOALS, save, quick)
+    finish("evaluation_speed", figures, QUICK_GOALS if quick else GOALS, save, quick)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Outcomes are drawn from a normal threshold model: a unit passes where √rho · cluster + √pair · unit + … + noise lies below the
 quantile of its rate; `rho` is the share of variance that units of a cluster have in common, `pair` what two models have in
-common on one unit, and where clusters hold six units every model has a cluster effect of its own (.03). Counted are
+common on one unit, and where clusters hold six units every model has a cluster effect of its own (.03). A few draws in a row
+(`TOGETHER`) share their resamples, as the metrics of an evaluation do. Counted are
 
 - *coverage* of the 95 % interval of a rate (one group, the mean of six groups, the worst of six), of a paired difference and of
   a retained share: the share of draws in which it holds the truth,
@@ -35,6 +36,7 @@ from mechmerge.evaluate.statistics import interval, paired, retained
 from mechmerge.models.references import ModelId
 
 RESAMPLES = 400
+TOGETHER = 20
 RATES, CLUSTERS, SHARED = (0.1, 0.5, 0.9, 0.98), (12, 24, 60, 144, 541), (0.0, 0.3, 0.7)
 GOALS = {
     "coverage_rate_least": Goal(0.93, at_most=False),
@@ -126,13 +128,13 @@ def count(setting: Setting, draws: int) -> Counted:
     covered = accepted = plain = 0
     width, defined = 0.0, 0
     for seed in range(draws):
-        truth, found, columns = one(setting, rng, seed)
+        truth, found, columns = one(setting, rng, seed // TOGETHER)
         if found is not None:
             defined += 1
             covered += found.low - 1e-9 <= truth <= found.high + 1e-9
             accepted += found.low > truth + 1e-9
             width += found.high - found.low
-        plain += len(columns) < 3 and percentile_low(columns, seed) > truth + 1e-9
+        plain += len(columns) < 3 and percentile_low(columns, seed // TOGETHER) > truth + 1e-9
     has_plain = setting.kind in ("rate", "mean", "difference", "margin")
     return Counted(
         setting,

@@ -10,6 +10,7 @@ import pytest
 
 from mechmerge.models.references import Model, resolve
 from tests.hub.fixtures import hub, lfs_hub, runner  # noqa: F401  (fixtures)
+from tests.nltk_home import small_nltk  # noqa: F401  (a fixture)
 from tests.publishing import original_run, publisher, run, send  # noqa: F401  (fixtures)
 from tests.tiny import tiny_expert, tiny_model
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation, Metric, ModelResult, SuiteRecord, SuiteResult, Units
+from mechmerge.localize.adaptive import verify
 from mechmerge.localize.effect_file import BehaviorEffect, EffectFile, EffectMetadata
+from mechmerge.localize.roles import summarize
 from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
 from mechmerge.models.references import ModelId
 from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert, Source, write_recipe
@@ -91,6 +93,22 @@ def role_arrays() -> dict[str, np.ndarray]:
         errors = np.where(np.abs(values) > 0.03, large, small)
         arrays[f"{name}.stderr"] = np.where(np.isnan(values), np.nan, errors).astype(np.float32)
     return arrays
+
+
+def judged_file(behavior: str = "title", **changes: Any) -> ScoreFile:
+    """A score file with all measures of attention and MLP, their roles, and a verification of heads."""
+    file = score_file(behavior, **changes)
+    arrays = file.arrays | role_arrays()
+    draw = np.random.default_rng(4)
+    for kind in ("attention", "mlp"):
+        arrays[f"{kind}.necessity"] = arrays[f"{kind}.sufficiency"] / 2
+        arrays[f"{kind}.necessity.stderr"] = np.full((LAYERS, 1), 0.01, np.float32)
+    arrays["head.screen.stderr"] = np.full((LAYERS, HEADS), 0.03, np.float32)
+    layer = file.metadata.anchor.layer
+    values = draw.normal(0, 0.1, (layer * HEADS, 8))
+    verified = verify(arrays["head.screen"][:layer], lambda chosen: values[chosen], 4)
+    found = {"roles": summarize(arrays, layer, file.metadata.scale), "verification": {"head": verified.record}}
+    return ScoreFile(file.metadata.model_copy(update=found), arrays)
 
 
 def effect_file(seed: int = 0) -> EffectFile:

@@ -24,22 +24,23 @@ class Planted(NamedTuple):
     values: np.ndarray
 
 
-def plant(what: str, seed: int) -> Planted:
+def plant(what: str, seed: int, size: int = N) -> Planted:
     """Scores of which a few in a hundred stand out, and a screen of them."""
     draw = np.random.default_rng([seed, 7])
-    truth = 0.01 * draw.standard_t(3, N) + (draw.random(N) < 0.04) * draw.gamma(2, 0.1, N)
-    faithful = truth * draw.uniform(0.7, 1.3, N) + draw.normal(0, 0.002, N)
+    truth = 0.01 * draw.standard_t(3, size) + (draw.random(size) < 0.04) * draw.gamma(2, 0.1, size)
+    faithful = truth * draw.uniform(0.7, 1.3, size) + draw.normal(0, 0.002, size)
     screens = {
         "good": faithful,
-        "bad": draw.normal(0, 0.05, N),
-        "heavy tail": truth + 0.01 * draw.standard_t(2, N),
+        "factors": truth * draw.uniform(0.2, 1.8, size) + draw.normal(0, 0.01, size),
+        "bad": draw.normal(0, 0.05, size),
+        "heavy tail": truth + 0.01 * draw.standard_t(2, size),
         "outliers": faithful,
     }
     screen = screens[what].copy()
     if what == "outliers":
-        unseen = draw.choice(N, 3, replace=False)
+        unseen = draw.choice(size, 3, replace=False)
         truth[unseen], screen[unseen] = 0.6, draw.normal(0, 0.002, 3)
-    noise = draw.normal(0, 1, (N, PROMPTS)) * (0.002 + 0.3 * np.abs(truth))[:, None]
+    noise = draw.normal(0, 1, (size, PROMPTS)) * (0.002 + 0.3 * np.abs(truth))[:, None]
     return Planted(truth, screen, truth[:, None] + noise)
 
 
@@ -54,7 +55,7 @@ def best(values: np.ndarray) -> set[int]:
 def beaten(planted: Planted, out: Verified) -> bool:
     """Whether one that was not replaced would have measured above the best k by more than the zone."""
     means = planted.values.mean(1)
-    rest = np.setdiff1d(np.arange(N), out.indices)
+    rest = np.setdiff1d(np.arange(len(means)), out.indices)
     return bool(rest.size and means[rest].max() > means[out.best].min() + out.record.zone)
 
 
@@ -74,13 +75,13 @@ class Told(NamedTuple):
 @pytest.fixture(scope="module")
 def told() -> dict[str, Told]:
     found = {}
-    for what in ("good", "bad", "heavy tail", "outliers"):
+    for what in ("good", "factors", "bad", "heavy tail", "outliers"):
         planted = [plant(what, seed) for seed in range(RUNS)]
         found[what] = Told([(one, run(one, seed)) for seed, one in enumerate(planted)])
     return found
 
 
-@pytest.mark.parametrize("what", ["good", "bad", "heavy tail"])
+@pytest.mark.parametrize("what", ["good", "factors", "bad", "heavy tail"])
 def test_the_claim_holds_as_often_as_it_says(told: dict[str, Told], what: str) -> None:
     runs = told[what].runs
     assert all(out.record.stable and out.record.reached >= CONFIDENCE for _, out in runs)
@@ -89,13 +90,24 @@ def test_the_claim_holds_as_often_as_it_says(told: dict[str, Told], what: str) -
     assert np.mean([out.record.zone / one.values.mean(1)[out.best].min() for one, out in runs]) < 0.25
 
 
+def test_many_components_take_a_small_share_and_the_claim_still_holds() -> None:
+    wrong, measured = 0, []
+    for seed in range(20):
+        planted = plant("factors", seed, 4000)
+        out = run(planted, seed)
+        wrong += beaten(planted, out)
+        measured.append(out.record.measured)
+    assert wrong <= 4, "of 20 runs at 95 %, more come about once in 400 times"
+    assert np.mean(measured) < 0.3 * 4000
+
+
 def test_a_good_screen_is_cheap_and_a_bad_one_is_not_believed(told: dict[str, Told]) -> None:
     assert told["good"].share("measured") < 0.25 * N
     assert told["good"].share("measured") < told["heavy tail"].share("measured") < told["bad"].share("measured")
     assert told["bad"].share("measured") > 0.9 * N
 
 
-@pytest.mark.parametrize("what", ["good", "bad", "heavy tail"])
+@pytest.mark.parametrize("what", ["good", "factors", "bad", "heavy tail"])
 def test_the_screens_recall_is_near_the_truth(told: dict[str, Told], what: str) -> None:
     held, off = [], []
     for one, out in told[what].runs:
@@ -137,7 +149,8 @@ def test_an_outlier_that_was_met_is_not_forgotten() -> None:
     values[met] += 0.6
     out = run(planted._replace(values=values), 3)
     assert met in out.best
-    assert out.record.measured > 2 * plain.record.measured
+    assert plain.record.measured < 0.2 * N
+    assert out.record.measured > 3 * plain.record.measured, "one in the sample stands for many in the rest"
 
 
 def test_ties_end_with_a_zone_and_their_number() -> None:

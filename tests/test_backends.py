@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,8 @@ def test_vllm_is_an_extra(base):
     assert caught.value.exit_code == 4
     with pytest.raises(MissingError, match="backend vllm"):
         VLLM.version()
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {"vllm", "ifbench"} <= project["optional-dependencies"].keys(), "what errors name can be installed"
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from mechmerge.artifacts import read_document, write_json
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.evaluate.gate import GateResult, RuleResult
-from mechmerge.evaluate.record import PairTest
+from mechmerge.evaluate.record import Evaluation, PairTest
 from mechmerge.models.references import ModelId
 from mechmerge.publish.card import card_contents, hub_ids, make_card, write_card
 from mechmerge.publish.licenses import ParentFacts, hub_lookup, languages_of_merge, license_of, license_of_merge
 from mechmerge.publish.repository import Repository
-from mechmerge.publish.results import eval_results
+from mechmerge.publish.results import eval_results, model_index
 from mechmerge.publish.scores import pack_scores
 from mechmerge.recipe.schema import Recipe, RecipeExpert, write_recipe
 from tests.curve_samples import set_curves
@@ -209,18 +209,29 @@ def test_parents_on_the_hub_are_linked_at_their_commit_and_given_to_the_command(
     assert ModelCard(text).data.base_model == [hub.name]
 
 
-def test_only_benchmarks_of_the_hub_are_claimed_as_such() -> None:
+def of_ifeval(**changes: object) -> Evaluation:
+    """An evaluation of IFEval's official prompts, all of them, with changes to how the suite was asked."""
     record = evaluation("conflict")
-    assert eval_results(record, "conflict") is None, "a suite of our own is on no leaderboard"
     result = record.models["conflict"].suites["formats"]
-    asked = {"ifeval": record.suites["formats"]}
+    formats = record.suites["formats"]
+    units = {"ifeval": formats.units["formats"]}
+    asked = {"ifeval": formats.model_copy(update={"split": "official", "units": units} | changes)}
     metrics = {"ifeval": result.metrics["formats"]}
     model = record.models["conflict"].model_copy(update={"suites": {"ifeval": result.model_copy(update={"metrics": metrics})}})
-    record = record.model_copy(update={"suites": asked, "models": {"conflict": model}})
-    (entry,) = yaml.safe_load(eval_results(record, "conflict") or "")
-    assert (entry["dataset"]["id"], entry["value"]) == ("google/IFEval", 0.5)
-    limited = {"ifeval": asked["ifeval"].model_copy(update={"limited": True})}
-    assert eval_results(record.model_copy(update={"suites": limited}), "conflict") is None
+    return record.model_copy(update={"suites": asked, "models": {"conflict": model}})
+
+
+def test_only_benchmarks_of_the_hub_are_claimed_as_such() -> None:
+    assert eval_results(evaluation("conflict"), "conflict") is None, "a suite of our own is on no leaderboard"
+    text = eval_results(of_ifeval(), "conflict")
+    assert text is not None
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.value) == ("google/IFEval", 0.5)
+    assert "n = 120" in (entry.notes or "")
+    assert [result.dataset_type for result in model_index(of_ifeval(), "conflict")] == ["google/IFEval"]
+    for change in ({"limited": True}, {"split": "file"}):
+        assert eval_results(of_ifeval(**change), "conflict") is None, change
+        assert [result.dataset_type for result in model_index(of_ifeval(**change), "conflict")] == ["mechmerge/ifeval"]
 
 
 def test_shares_of_the_recipe(run: Path) -> None:

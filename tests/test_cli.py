@@ -68,6 +68,16 @@ def test_a_commands_help_imports_no_torch(name: str) -> None:
     assert heavy_modules_after(name, "--help") <= LIGHT_ENOUGH_FOR_A_COMMAND
 
 
+@pytest.mark.parametrize("name", ["localize", "effects", "rounds"])
+def test_help_names_the_built_in_behaviours(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mechmerge.behaviors.schema import builtin_names
+
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = capsys.readouterr().out.partition("Built-in behaviours:")[2]
+    assert told.replace(",", " ").split() == builtin_names()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from mechmerge import __version__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import InputError, LocalizeError, SchemaError
 from mechmerge.localize import calibration
-from mechmerge.localize.calibration import BehaviorRow, Example
+from mechmerge.localize.calibration import BehaviorRow
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile, read_effects
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.models.references import Model
@@ -107,11 +108,11 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
     out, calls = tmp_path / "effects.safetensors", []
     loss = calibration.Calibration._loss
 
-    def stops(self: calibration.Calibration, examples: list[Example]) -> torch.Tensor:
-        calls.append(len(examples))
+    def stops(self: calibration.Calibration, *batch: Any) -> torch.Tensor:
+        calls.append(batch)
         if len(calls) == 30:
             raise KeyboardInterrupt
-        return loss(self, examples)
+        return loss(self, *batch)
 
     monkeypatch.setattr(calibration.Calibration, "_loss", stops)
     with pytest.raises(KeyboardInterrupt):

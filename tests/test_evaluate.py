@@ -21,7 +21,7 @@ from mechmerge.evaluate.suites import Suite, SuitePrompt, load_suite
 from mechmerge.evaluate.table import headlines, markdown_pairs, markdown_table, render_table
 from mechmerge.models.load import load_model, load_tokenizer, quiet
 from mechmerge.models.references import resolve
-from tests.punkt import without_punkt
+from tests.nltk_home import without_punkt
 from tests.test_generation import Recorder, lively
 
 SETTINGS = EvaluateSettings(dtype="float32", batch=4, resamples=200)
@@ -121,7 +121,17 @@ def test_the_file_gives_back_the_evaluation_in_its_order(done, trio):
     assert markdown_table(read) == markdown_table(evaluation)
 
 
-@pytest.mark.parametrize(("old", "new"), [('"merge": {', '"a|b": {'), ('"zoo.plain": {', '"zoo.<b>": {')])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"merge": {', '"a|b": {'),
+        ('"merge": {', '"[a](http://b)": {'),
+        ('"zoo.plain": {', '"zoo.<b>": {'),
+        ('"zoo.plain": {', '"zoo.[a](http://b)": {'),
+        ('"zoo.plain": {', '"zoo.**a**": {'),
+        ('"zoo": {', '"zoo|x": {'),
+    ],
+)
 def test_names_that_would_break_out_of_tables_are_refused(old, new, done, tmp_path):
     text = (done[1] / "evaluation.json").read_text()
     assert old in text

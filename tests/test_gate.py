@@ -235,6 +235,26 @@ def test_a_gate_is_bound_to_the_weights():
     assert "made elsewhere" in check_gate(made, gate, "merge", weights={"merge": same}).rules[0].problem
 
 
+def test_a_gate_file_may_name_the_weights_itself():
+    def pinned(name, digest):
+        text = f"{{weights: {{{name}: '{digest}'}}, rules: [{{metric: formats, at_least: 0.1}}]}}"
+        return parse_document(Gate, parse_yaml(text, "gate"), "gate")
+
+    same, other = ModelId(name="m"), ModelId(name="m", shards={"model.safetensors": "0" * 64})
+    passed = check_gate(evaluation(), pinned("merge", same.digest), "merge")
+    assert passed.passed
+    assert passed.weights == {"merge": same.digest}
+    refused = check_gate(evaluation(), pinned("merge", other.digest), "merge")
+    assert "evaluate the model again" in refused.rules[0].problem
+    # What the caller asks for binds as well: neither stands in for the other.
+    both = check_gate(evaluation(), pinned("merge", same.digest), "merge", weights={"merge": other})
+    assert "evaluate the model again" in both.rules[0].problem
+    with pytest.raises(InputError, match="gate weights of mergee: expected one of merge"):
+        check_gate(evaluation(), pinned("mergee", same.digest), "merge")
+    with pytest.raises(SchemaError, match="weights"):
+        pinned("merge", "abc")
+
+
 @pytest.mark.slow
 def test_no_difference_is_seldom_accepted():
     """Two models of equal quality: `difference > 0` on the lower end passes in at most 5 % of evaluations (one-sided 2.5 %)."""

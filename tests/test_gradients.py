@@ -64,7 +64,7 @@ def test_probe_equals_finite_differences(family: str, tmp_path: Path) -> None:
 def test_screening_adds_up_by_kind_and_is_zero_above_the_anchor(base, expert) -> None:  # type: ignore[no-untyped-def]
     bench = Bench(base)
     v = torch.ones(bench.checkpoint.arch.hidden) / bench.checkpoint.arch.hidden**0.5
-    scores = screen(bench, [bench.encode(TEXTS[:1]), bench.encode(TEXTS[1:])], Anchor(2, v), expert.checkpoint().tensor)
+    scores = screen(bench, [bench.encode(TEXTS[:1]), bench.encode(TEXTS[1:])], [Anchor(2, v)] * 2, expert.checkpoint().tensor)
     assert scores["head"].shape == (2, bench.checkpoint.arch.layers, bench.checkpoint.arch.heads)
     for values in scores.values():
         assert (values[:, 2:] == 0).all()
@@ -77,5 +77,5 @@ def test_screening_adds_up_by_kind_and_is_zero_above_the_anchor(base, expert) ->
 def test_an_expert_equal_to_the_base_screens_to_zero(base) -> None:  # type: ignore[no-untyped-def]
     bench = Bench(base)
     v = torch.ones(bench.checkpoint.arch.hidden)
-    scores = screen(bench, [bench.encode(TEXTS)], Anchor(2, v), base.checkpoint().tensor)
+    scores = screen(bench, [bench.encode(TEXTS)], [Anchor(2, v)], base.checkpoint().tensor)
     assert all((values == 0).all() for values in scores.values())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,9 +15,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from mechmerge.behaviors import ifbench
+from mechmerge.behaviors.schema import Verifier
+from mechmerge.behaviors.verifiers import IFEVAL, check_arguments, check_verifier, verify
 from mechmerge.errors import InputError, MissingError
+from tests.nltk_home import without_punkt
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("if_verifiable") is None, reason="the extra ifbench is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("if_verifiable") is None, reason="the extra ifbench is not installed"),
+    pytest.mark.usefixtures("small_nltk"),
+]
 
 
 class Case(NamedTuple):
@@ -125,27 +130,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Small data of the kinds that no package index has: eight stop words, and a tagger that knows two words."""
-    import nltk
-
-    home = tmp_path_factory.mktemp("nltk_data")
-    words, tagger = home / "corpora" / "stopwords", home / "taggers" / "averaged_perceptron_tagger_eng"
-    words.mkdir(parents=True)
-    (words / "english").write_text("the\nis\nof\na\nand\nto\nin\ntwo\n")
-    tagger.mkdir(parents=True)
-    tables = {"weights": {}, "tagdict": {"Run": "VB", "The": "DT"}, "classes": ["DT", "NN", "VB"]}
-    for name, table in tables.items():
-        (tagger / f"{tagger.name}.{name}.json").write_text(json.dumps(table))
-    nltk.data.path.insert(0, str(home))
-    yield
-    nltk.data.path.remove(str(home))
-
-
 def test_all_have_a_case() -> None:
     assert len(ifbench.ids()) == 58
     assert sorted(CASES) == ifbench.ids()
+    assert all(map(ifbench.is_constraint, CASES))
+    assert not any(map(ifbench.is_constraint, [*IFEVAL, "number", "count"]))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -193,11 +182,29 @@ def test_wrong_arguments(name: str, arguments: dict[str, Any], found: str) -> No
 
 
 def test_data_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import nltk
+    without_punkt(monkeypatch, tmp_path)
+    for name, arguments, data in (
+        ("ratio:stop_words", {"percentage": 3}, "stopwords"),
+        ("words:start_verb", {}, "averaged_perceptron_tagger_eng|nltk.downloader punkt_tab"),
+    ):
+        with pytest.raises(MissingError, match=rf"{name}.*({data})"):
+            ifbench.judge(name, arguments, "", "an answer")
 
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    with pytest.raises(MissingError, match=r"ratio:stop_words.*nltk\.downloader stopwords"):
-        ifbench.judge("ratio:stop_words", {"percentage": 3}, "", "an answer")
+
+def test_constraints_are_verifiers_like_all_others() -> None:
+    verifier = Verifier(name="count:numbers", min_words=4)
+    check_verifier(verifier)
+    check_arguments(verifier, {"N": 2})
+    assert verify(verifier, "", "There are 3 cats and 4,000 dogs.", {"N": 2})
+    assert not verify(verifier, "", "3 and 4", {"N": 2}), "shorter than asked for"
+    assert not verify(verifier, "", "There are 3 cats here.", {"N": 2})
+    assert verify(verifier, "", "Well 1:\nThere are 3 cats and 4,000 dogs.", {"N": 2}, loose=True)
+    with pytest.raises(InputError, match="unknown 'small_n'"):
+        check_verifier(Verifier(name="count:numbers", arguments={"small_n": 1}))
+    with pytest.raises(InputError, match="no N"):
+        check_arguments(verifier, {})
+    with pytest.raises(InputError, match="an unknown name"):
+        check_verifier(Verifier(name="count:nothing"))
 
 
 LIGHT = """
@@ -206,6 +213,8 @@ def refuse(*a, **k):
     raise AssertionError("network")
 socket.create_connection = socket.getaddrinfo = refuse
 from mechmerge.behaviors import ifbench
+from mechmerge.behaviors.schema import Verifier
+from mechmerge.behaviors.verifiers import IFEVAL, check_arguments, check_verifier, verify
 assert len(ifbench.ids()) == 58
 assert not {"torch", "datasets", "if_verifiable"} & set(sys.modules), "heavy"
 print("fine")
@@ -216,6 +225,8 @@ from importlib import util
 find = util.find_spec
 util.find_spec = lambda name, *a: None if name == "if_verifiable" else find(name, *a)
 from mechmerge.behaviors import ifbench
+from mechmerge.behaviors.schema import Verifier
+from mechmerge.behaviors.verifiers import IFEVAL, check_arguments, check_verifier, verify
 from mechmerge.errors import MissingError
 try:
     ifbench.ids()

@@ -72,9 +72,9 @@ def theirs():
     """lm-eval's own verdicts on a row and an answer; langdetect is seeded, as we do."""
     from langdetect import DetectorFactory
 
-    from mechmerge.behaviors.punkt import ensure_punkt
+    from mechmerge.behaviors import nltk_data
 
-    ensure_punkt()
+    nltk_data.ensure("punkt_tab")
     from lm_eval.tasks.ifeval import utils
 
     def judge(row, answer):

@@ -62,7 +62,7 @@ def test_documents_are_whole(run: Path) -> None:
 
 def test_an_invalid_anchor_is_said_to_be_one(run: Path) -> None:
     facts = {row["field"]: row["value"] for row in inspect_file(run / FILES["scores"]).tables["scores"]}
-    assert facts["anchor valid"] == "NO"
+    assert facts["valid"] == "NO"
     assert facts["caveat"] == "anchor not valid (separation 0.55 is below 0.8): not a recovery"
     good = {row["field"] for row in inspect_file(run / "scores/formats/capitals.safetensors").tables["scores"]}
     assert "caveat" not in good

@@ -10,8 +10,9 @@ import pytest
 
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import LocalizeError, PairError
-from mechmerge.localize import stage
+from mechmerge.localize import anchoring
 from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.localize.scoring import Scorer
 from mechmerge.localize.stage import LocalizeSettings, localize
 from mechmerge.models.components import SCORED_KINDS
 from mechmerge.models.references import Model, resolve
@@ -47,8 +48,12 @@ def test_score_file_holds_what_design_says(measured: Path, base: Model, expert: 
         assert file.arrays[f"{kind}.delta_norm"].min() > 0
     for kind in ("attention", "mlp", "layer"):
         assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).all(), "all modules are really patched"
-    for kind in ("head", "kv", "neuron"):
-        assert np.isfinite(file.arrays[f"{kind}.sufficiency"][:2]).sum() == min(3, 2 * arch.units(kind))
+        assert np.isfinite(file.arrays[f"{kind}.output"][2:]).all(), "modules after the anchor are judged by the output"
+        assert np.isnan(file.arrays[f"{kind}.output"][:2]).all()
+    for measure in ("sufficiency", "necessity", "activation"):
+        # The best three neurons; all heads and KV groups, since both attentions are among the four that pass on most.
+        found = {kind: int(np.isfinite(file.arrays[f"{kind}.{measure}"][:2]).sum()) for kind in ("head", "kv", "neuron")}
+        assert found == {"head": 2 * arch.heads, "kv": 2 * arch.kv_groups, "neuron": 3}, measure
     metadata = file.metadata
     assert (metadata.base, metadata.expert) == (base.id, expert.id)
     assert metadata.identity_control == 0.0
@@ -90,6 +95,29 @@ def test_screening_predicts_small_changes(base: Model, tmp_path: Path) -> None:
         assert np.abs(screen - exact).max() < 0.01 * largest, kind
 
 
+def test_an_integrated_screen_is_recorded_and_changes_nothing_else(
+    measured: Path, base: Model, expert: Model, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"integrate": 2, "verify": 0, "curves": False})
+    judged = behavior(verifier=Verifier(name="change_case:english_capital"))
+    (path,) = localize(base, expert, [judged], tmp_path, settings)
+    plain, along = read_scores(measured), read_scores(path)
+    assert (plain.metadata.integrate, along.metadata.integrate) == (0, 2)
+    for kind in SCORED_KINDS:
+        assert not np.array_equal(plain.arrays[f"{kind}.screen"], along.arrays[f"{kind}.screen"])
+    for kind in ("attention", "mlp", "layer"):
+        assert np.array_equal(plain.arrays[f"{kind}.sufficiency"], along.arrays[f"{kind}.sufficiency"]), "the base is put back"
+
+
+def test_score_files_from_before_a_field_still_read(measured: Path) -> None:
+    metadata = read_scores(measured).metadata
+    known = metadata.model_dump(mode="json")
+    del known["integrate"]
+    kept = {key: value for key, value in known["anchor"].items() if not key.startswith("stability")}
+    assert type(metadata).model_validate(known | {"anchor": kept}).record.stability is None
+    assert type(metadata).model_validate(known) == metadata
+
+
 def test_the_base_as_its_own_expert_is_refused(base: Model, tmp_path: Path) -> None:
     with pytest.raises(PairError, match="expected another model than the base; found equal weights"):
         localize(base, base, [behavior()], tmp_path, SETTINGS)
@@ -105,6 +133,23 @@ def test_an_invalid_anchor_is_refused_and_nothing_is_written(base: Model, expert
     assert not written
 
 
+def test_an_unstable_anchor_is_refused_with_its_reason(base: Model, expert: Model, tmp_path: Path) -> None:
+    """Prompts that ask for something else each: their differences have no common direction."""
+    asked = ["zq! 7", "What is 23 plus 45?", "aaaa aaaa", "(((", "the river", "Use capital letters", "% & %", "mountain 99"]
+    pairs = tuple(
+        Pair(**{"with": f"Tell {i}{i}{i}. {ask}", "without": f"{ask[::-1]} tell {i}."}) for i, ask in enumerate(asked)
+    )
+    settings = SETTINGS.model_copy(update={"on_invalid": "refuse"})
+    with pytest.raises(LocalizeError, match=r"not valid.*unstable: .*--invalid-anchor report"):
+        localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "out", settings)
+    (path,) = localize(base, expert, [Behavior(name="scattered", pairs=pairs)], tmp_path / "told", SETTINGS)
+    anchor = read_scores(path).metadata.anchor
+    assert anchor is not None
+    assert not anchor.valid
+    assert anchor.stability is not None
+    assert any(reason.startswith("unstable") for reason in anchor.reasons)
+
+
 def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,13 +157,13 @@ def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     (usual,) = localize(base, near, [behavior()], tmp_path / "usual", SETTINGS)
     before = read_scores(usual)
     scale = before.metadata.anchor.gap if before.metadata.scale == "recovery" else 1.0
-    judge = stage.judge
+    judge = anchoring.judge
 
     def closed(*arguments, **keywords):  # type: ignore[no-untyped-def]
         vector, record = judge(*arguments, **keywords)
         return vector, record.model_copy(update={"gap_low": -1.0, "valid": False, "reasons": ("no gap",)})
 
-    monkeypatch.setattr(stage, "judge", closed)
+    monkeypatch.setattr(anchoring, "judge", closed)
     (path,) = localize(base, near, [behavior()], tmp_path / "out", SETTINGS)
     file = read_scores(path)
     assert file.metadata.scale == "difference"
@@ -138,23 +183,22 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     whole = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "whole", SETTINGS)
     calls = 0
-    patch_layer = stage.patch_layer
+    patch = Scorer._patch
 
     def stops(*arguments):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return patch_layer(*arguments)
+        return patch(*arguments)
 
-    monkeypatch.setattr(stage, "patch_layer", stops)
+    monkeypatch.setattr(Scorer, "_patch", stops)
     with pytest.raises(KeyboardInterrupt):
         localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
-    monkeypatch.setattr(stage, "patch_layer", patch_layer)
     before = calls
-    monkeypatch.setattr(stage, "patch_layer", lambda *a: patch_layer(*a))
     again = localize(base, expert, [behavior("one"), behavior("two")], tmp_path / "cut", SETTINGS)
-    assert before == 4
+    # Two behaviours, two layers; activation patching of modules and of units, weight patching, knockout.
+    assert (before, calls) == (4, 4 + 2 * 2 * 4 - 3)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in whole]
     assert not (tmp_path / "cut" / ".units").exists()
 

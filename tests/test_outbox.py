@@ -95,12 +95,24 @@ def test_no_path_and_no_user_reaches_the_hub(send: Publish, lfs_hub: Hub, run: P
 
 
 def test_no_token_in_any_output_or_file(hub: Hub, publisher: Runner, run: Path, tmp_path: Path) -> None:
-    outputs = []
+    outputs, codes = [], []
     hub.faults.add("error", method="POST", pattern="/commit/main", status=403)
-    for command in ("publish", "publish", "publish-scores"):
-        done = publisher.mechmerge("--debug", command, run, f"writer/{command}")
-        outputs += [done.out, done.err]
+
+    def call(command: str, repo: str, *options: str) -> None:
+        done = publisher.mechmerge("--debug", command, run, f"writer/{repo}", *options)
+        outputs.extend((done.out, done.err))
+        codes.append(done.code)
+
+    call("publish", "model")
     assert "403" in outputs[1] or "Forbidden" in outputs[1]
+    for options in ((), ("--dry-run",), ("--pr",), ("--branch", "trial"), ("--format", "json")):
+        call("publish", "model", *options)
+    call("publish", "direct", "--direct")
+    call("publish-scores", "scores", "--tag", "v1")
+    hub.faults.add("expired", method="POST")
+    call("publish-scores", "again")
+    assert "expected a valid token" in outputs[-1]
+    assert codes == [1, *[0] * 7, 1], "with --debug an error is raised as it is"
     files = [path for folder in (run.parent, hub.root, tmp_path) for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 30
     for text in (*(output.encode() for output in outputs), *(path.read_bytes() for path in files)):

@@ -251,8 +251,8 @@ def test_scores_do_not_depend_on_batches_prefix_or_company(base: Model, expert: 
     pair = Pair(base, expert)
     components = pair.components("head", "neuron")
     many = pair.patcher.patch(pair.patcher.run(), components, pair.expert.tensor)
-    few = Patcher(pair.bench, pair.ids, pair.anchor, rows=1)
-    assert few.variants == 1
+    assert pair.patcher.variants > len(components)
+    few = Patcher(pair.bench, pair.ids, pair.anchor, variants=1)
     single = few.patch(few.run(), components, pair.expert.tensor)
     other = Pair(base, expert, ["tea", "a small cat sleeps"])
     assert other.patcher.prompts.prefix == 0, "these prompts share nothing"

@@ -15,11 +15,13 @@ from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import load_behavior
 from mechmerge.behaviors.verifiers import verify
 from mechmerge.localize.bench import Bench
-from mechmerge.localize.measure import Anchor, identity_control, patch_state, screen
+from mechmerge.localize.measure import Anchor, screen
+from mechmerge.localize.patching import Patcher
 from mechmerge.models.components import Component
 from mechmerge.models.pair import check_pair
 from mechmerge.models.references import Model, resolve
 from tests.conftest import REAL_CACHE
+from tests.twins import patch_state
 
 pytestmark = pytest.mark.slow
 EXPERTS = Path(__file__).parent.parent / "recipes" / "demo" / "experts"
@@ -93,14 +95,21 @@ def test_measurements_on_the_real_pair(smollm: Model, formats: Model) -> None:
     gap = float((expert_with @ anchor.vector).double().numpy().mean() - base_state.mean())
     assert gap > 1
 
-    assert identity_control(bench, start, anchor) == 0.0
+    ids = [ids[mask.bool()].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    patcher = Patcher(bench, ids, anchor)
+    tried = [Component(at, kind) for at in (0, 10, 19) for kind in ("layer", "attention", "mlp", "head", "kv", "neuron")]
+    assert all((change == 0).all() for change in patcher.patch(patcher.run(), tried, mine.tensor).values())
+    own = patcher.patch(patcher.run(), tried, theirs.tensor)
+    for component in tried:
+        change = patch_state(bench, start, anchor, component, theirs.tensor) - base_state
+        assert np.abs(own[str(component)] - change).max() / gap < 1e-5, component
     every = [(block, None) for at, kind in mine.layout.leaves() for block in mine.layout.blocks(at, kind)]
     with bench.patched(every, theirs.tensor), torch.no_grad():
         whole = anchor.state(bench.run(batch, layer)).double().numpy()
     assert (whole.mean() - base_state.mean()) / gap == pytest.approx(1.0, abs=1e-4)
     assert all(torch.equal(parameter, mine.tensor(name)) for name, parameter in bench.parameters.items())
 
-    scores = screen(bench, [batch], anchor, theirs.tensor)
+    scores = screen(bench, [batch], [anchor], theirs.tensor)
     for component in (Component(3, "attention"), Component(11, "mlp"), Component(17, "head", 4), Component(9, "kv", 1)):
         ends = []
         for sign in (1, -1):

@@ -32,7 +32,7 @@ from mechmerge.report.page_data import BIN_NAMES, page_data
 from mechmerge.report.recipes import coefficient_arrays, depth_kept_rows
 from tests.browser import at_rest, headless, open_all, opened
 from tests.curve_samples import set_curves
-from tests.samples import EXPERTS, HEADS, LAYERS, NEURONS, evaluation, recipe, score_file, whole_run
+from tests.samples import EXPERTS, HEADS, LAYERS, NEURONS, evaluation, judged_file, recipe, score_file, whole_run
 
 HOSTILE = '</script><img src=x onerror="window.pwned=1"><!--\x1b[31m\u202e\'`${alert(1)}'
 SEEN = '</script><img src=x onerror="window.pwned=1"><!--\\x1b[31m\\u202e\'`${alert(1)}'
@@ -436,6 +436,34 @@ def test_hovering_a_cell_tells_its_component_value_and_coefficients(browser: Bro
         assert not tip.is_visible()
         shown.page.mouse.move(5, 5)
         assert not tip.is_visible()
+
+
+def test_hovering_tells_every_measure_with_its_error_and_the_role(browser: Browser, tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    judged_file("capitals").write(run / "scores" / "formats" / "capitals.safetensors")
+    number = number_of(run, "capitals")
+    with opened(browser, write(run)) as shown:
+        open_all(shown.page)
+        said = {}
+        for kind in ("attention", "mlp", "head"):
+            chart = shown.page.locator(f'[data-chart=units][data-kind={kind}][data-score="{number}"]')
+            chart.locator(".heat").focus()
+            for layer in range(LAYERS):
+                shown.page.keyboard.press("ArrowRight" if layer else "Home")
+                said[kind, layer] = chart.locator(".readout").inner_text()
+        assert said["mlp", 0].startswith(
+            "L0.mlp: weight patching +0.4 ± 0.02; knockout +0.2 ± 0.01; activation patching +0.4 ± 0.02; rank 1 of 4 MLP; "
+            "role source carrier; "
+        )
+        assert "activation patching +0.6 ± 0.02" in said["attention", 3]
+        assert "role aggregator / router" in said["attention", 3]
+        assert said["mlp", 5].startswith(
+            "L5.mlp: score 0 by construction: after the anchor; output: divergence taken away +0.5 ± 0.05; role execution"
+        )
+        assert "output" not in said["attention", 5]
+        assert "role unknown: not measured" in said["attention", 5]
+        assert "role unknown: not measured" in said["head", 0]
+        assert shown.complaints == []
 
 
 def test_the_keyboard_reaches_every_cell_and_a_live_text_follows(browser: Browser, page: Path, run: Path) -> None:

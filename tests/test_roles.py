@@ -145,8 +145,9 @@ def test_depths_sum_what_is_positive_below_the_anchor() -> None:
 def test_the_sentence_says_which_depth_holds_sources_and_which_routes() -> None:
     assert summary().sentence == (
         "weight patching (sources): 97 % in MLPs, most in the MLPs of the first third (L0–L1: 97 %), strongest L0.mlp 0.40 ± "
-        "0.02, L1.mlp 0.20 ± 0.02; activation patching (routes): 59 % in attention, most in the MLPs of the first third (L0–L1: "
-        "39 %), strongest L3.attention 0.60 ± 0.02, L2.attention 0.50 ± 0.02; output after the anchor, strongest L5.mlp 0.50 ± 0.05"
+        "0.02, L1.mlp 0.20 ± 0.02; activation patching (routes): 59 % in attention, most in the MLPs of the first third "
+        "(L0–L1: 39 %), strongest L3.attention 0.60 ± 0.02, L2.attention 0.50 ± 0.02; output after the "
+        "anchor, strongest L5.mlp 0.50 ± 0.05"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,11 +121,11 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     loss, calls = Calibration._loss, []
 
-    def stops(self: Calibration, examples: list[object]) -> object:
+    def stops(self: Calibration, *batch: Any) -> object:
         calls.append(1)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return loss(self, examples)  # type: ignore[arg-type]
+        return loss(self, *batch)
 
     monkeypatch.setattr(Calibration, "_loss", stops)
     out = tmp_path / "rounds.safetensors"

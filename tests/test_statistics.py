@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from mechmerge.evaluate import resampling
 from mechmerge.evaluate.columns import Column
+from mechmerge.evaluate.resampling import Layout
 from mechmerge.evaluate.statistics import holm, interval, mcnemar, p_value, paired, retained
 
 
@@ -114,6 +116,18 @@ def test_equal_seeds_give_equal_intervals():
     one, same, other = (cluster_bootstrap(outcomes * 9, clusters * 9, one_group(45), seed=s, resamples=333) for s in (3, 3, 4))
     assert one == same
     assert one.value == other.value
+
+
+@pytest.mark.parametrize("clusters", [30, 45])
+def test_kept_resamples_are_those_that_would_be_drawn(clusters, monkeypatch):
+    values = np.random.default_rng(3).random(90)
+    layout = Layout(column(values, [str(i // 3) for i in range(90)]))
+    kept = layout.bootstrap(values, 5, 50, clusters)
+    weights = np.random.default_rng(5).multinomial(clusters, np.full(30, 1 / 30), size=50)
+    assert kept == pytest.approx(weights @ values.reshape(30, 3).sum(1) / (3 * clusters))
+    assert (layout.bootstrap(values, 5, 50, clusters) == kept).all()
+    monkeypatch.setattr(resampling, "KEPT", 0)
+    assert (layout.bootstrap(values, 5, 50, clusters) == kept).all(), "without keeping them"
 
 
 def test_the_mean_covers_what_it_says():

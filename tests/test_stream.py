@@ -11,11 +11,14 @@ import torch
 from mechmerge.behaviors.generation import generate
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.gradients import DeltaProbe
-from mechmerge.localize.measure import Anchor, identity_control, patch_state, screen
+from mechmerge.localize.measure import Anchor, screen
+from mechmerge.localize.patching import Patcher
 from mechmerge.localize.stream import StreamedBench
 from mechmerge.models.components import Component
+from mechmerge.models.load import empty_model, load_model
 from mechmerge.models.references import Model, resolve
 from tests.tiny import tiny_expert, tiny_model
+from tests.twins import patch_state
 
 MODELS = [
     ("llama", True),
@@ -51,10 +54,10 @@ def test_screening_equals_the_one_in_memory(pair: tuple[Model, Model]) -> None:
     source = expert.checkpoint().tensor
     plain = Bench(base)
     batches = [plain.encode(TEXTS[:2]), plain.encode(TEXTS[2:])]
-    wanted = screen(plain, batches, anchor_of(plain, 3), source)
+    wanted = screen(plain, batches, [anchor_of(plain, 3)] * len(batches), source)
     for kept in (0, 1_000_000):
         bench = StreamedBench(base, kept=kept)
-        found = screen(bench, batches, anchor_of(bench, 3), source)
+        found = screen(bench, batches, [anchor_of(bench, 3)] * len(batches), source)
         for kind, values in wanted.items():
             assert np.abs(values).max() > 0
             assert np.abs(values - found[kind]).max() <= 1e-6, kind
@@ -100,7 +103,6 @@ def test_patches_equal_those_in_memory_and_are_undone(pair: tuple[Model, Model])
         wanted = patch_state(plain, one, anchor, component, theirs.tensor)
         assert (wanted == patch_state(bench, other, anchor, component, theirs.tensor)).all(), kind
         assert torch.equal(bench.resume(other, 1), one.residual[-1]), kind
-    assert identity_control(bench, other, anchor) == 0.0
     sets = [(0, "head", [0, 2]), (0, "neuron", [5, 1]), (2, "kv", [1])]
     labels = torch.tensor([[5, 6], [7, -100], [8, 9]])
     with plain.patched_units(sets, theirs.tensor), bench.patched_units(sets, theirs.tensor), torch.no_grad():
@@ -116,6 +118,46 @@ def test_patches_equal_those_in_memory_and_are_undone(pair: tuple[Model, Model])
     for name in plain.parameters:
         assert torch.equal(plain.weight(name), bench.weight(name)), name
     assert bench.most == 1
+
+
+def test_the_patch_engine_gives_what_it_gives_in_memory(pair: tuple[Model, Model]) -> None:
+    base, expert = pair
+    theirs, arch = expert.checkpoint(), base.checkpoint().arch
+    texts = [f"You are a good bot. {text}" for text in TEXTS]
+    components = [
+        Component(layer, kind, unit)
+        for layer in range(3)
+        for kind in ("head", "kv", "neuron", "attention", "mlp", "layer")
+        for unit in range(min(2, arch.units(kind)))
+    ]
+    found = []
+    for bench in (Bench(base), StreamedBench(base)):
+        patcher = Patcher(bench, [bench.tokenizer(text).input_ids for text in texts], anchor_of(bench, 3))
+        bench.load(theirs)
+        other = patcher.run()
+        bench.load(base.checkpoint())
+        run = patcher.run()
+        moved = patcher.transplant(run, other, components, theirs.tensor)
+        found.append({"own": run.state, "other": other.state} | patcher.patch(run, components, theirs.tensor))
+        found[-1] |= {f"transplant {name}": change for name, change in moved.items()}
+    assert found[0].keys() == found[1].keys()
+    for name, values in found[0].items():
+        assert np.abs(values - found[1][name]).max() <= 1e-6, name
+    assert max(np.abs(found[1][str(component)]).max() for component in components) > 1e-3
+
+
+def test_an_empty_model_has_everything_but_weights(pair: tuple[Model, Model]) -> None:
+    folder = pair[0].path
+    for dtype in ("float32", "bfloat16"):
+        whole, empty = load_model(folder, dtype), empty_model(folder, dtype)
+        for kind in ("named_parameters", "named_buffers"):
+            ours = dict(getattr(empty, kind)(remove_duplicate=False))
+            for name, value in getattr(whole, kind)(remove_duplicate=False):
+                assert (ours[name].shape, ours[name].dtype, ours[name].device) == (value.shape, value.dtype, value.device)
+                assert kind == "named_parameters" or torch.equal(ours.pop(name), value), name
+        tied = empty.get_output_embeddings().weight is empty.get_input_embeddings().weight
+        assert tied == pair[0].checkpoint().arch.tied
+        assert empty.generation_config.to_dict() == whole.generation_config.to_dict()
 
 
 def test_losses_and_their_gradients_equal_those_in_memory(pair: tuple[Model, Model]) -> None:

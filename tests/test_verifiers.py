@@ -14,7 +14,7 @@ from mechmerge.behaviors.prompts import material
 from mechmerge.behaviors.schema import Verifier, load_behavior
 from mechmerge.behaviors.verifiers import IFEVAL, NEED_PUNKT, check_arguments, check_verifier, verifier_names, verify
 from mechmerge.errors import InputError, MissingError
-from tests.punkt import without_punkt
+from tests.nltk_home import without_punkt
 
 ENGLISH = "the garden behind the old house is full of roses and the children like to play there every evening"
 CASES = {

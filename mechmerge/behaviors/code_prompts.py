@@ -1,8 +1,8 @@
 """The prompts of the built-in suite `code`: small Python functions, judged by running them (`sandbox`).
 
-The tasks are original to this package (`data/code.yaml`): families of one task each in several sizes. Splits never share a
-family. As in `prompts`, `unseen` wordings stand in develop and test only. An answer is compared with a right solution on
-the example that the prompt shows and on inputs that it does not; the solution is part of the tests and runs in the judge's
+The tasks are original to this package (`data/code_tasks.yaml`): families of one task each in several sizes. Splits never
+share a family. As in `prompts`, `unseen` wordings stand in develop and test only. An answer is compared with a right solution
+on the example that the prompt shows and on inputs that it does not; the solution is part of the tests and runs in the judge's
 process, where no answer sees it.
 """
 
@@ -38,7 +38,7 @@ class CodeTask(NamedTuple):
 
 @functools.cache
 def _material() -> dict[str, Any]:
-    text = importlib.resources.files("mechmerge.behaviors").joinpath("data/code.yaml").read_text("utf-8")
+    text = importlib.resources.files("mechmerge.behaviors").joinpath("data/code_tasks.yaml").read_text("utf-8")
     loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 

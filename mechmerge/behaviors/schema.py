@@ -19,6 +19,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document, digest, parse_document, parse_yaml, read_document
+from mechmerge.behaviors.code_prompts import code_tasks
+from mechmerge.behaviors.instructions import instruction_prompts, instructions
 from mechmerge.behaviors.prompts import arithmetic_prompts, format_prompts, material
 from mechmerge.errors import InputError, LocalizeError
 
@@ -30,7 +32,7 @@ class Verifier(Document):
     """How an answer is judged: the name of a checker and its arguments (behaviors/verifiers.py lists them)."""
 
     name: str
-    """An IFEval instruction id, `number` (the last number of the answer is `answer`), or `contains`."""
+    """An IFEval instruction id, `number` (the last number of the answer is `answer`), `contains`, `python`, or `json`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     min_words: int = Field(default=0, ge=0)
     """Shorter answers fail, whatever they look like (0: no floor)."""
@@ -74,8 +76,8 @@ class Behavior(Document):
 
 
 def builtin_names() -> list[str]:
-    """Names of the behaviours inside the package: the six formats and arithmetic."""
-    return [*material()["formats"], "arithmetic"]
+    """Names of the behaviours inside the package: the six formats, arithmetic, code, and IFEval's other instruction types."""
+    return [*material()["formats"], "arithmetic", "code", *instructions()]
 
 
 def _builtin_pairs(name: str) -> tuple[Pair, ...]:
@@ -84,11 +86,30 @@ def _builtin_pairs(name: str) -> tuple[Pair, ...]:
         # In twos, so that taking turns (how calibration prompts are halved) gives both halves additions and subtractions.
         order = [4 * block + i for block in range(len(prompts) // 4) for i in (0, 2, 1, 3)]
         prompts = [prompts[i] for i in order] + prompts[len(order) :]
+    elif name == "code":
+        prompts = [task.prompt for task in code_tasks("calibrate")]
     elif name in material()["formats"]:
         prompts = format_prompts(name, "calibrate")
+    elif name in instructions():
+        prompts = instruction_prompts(name)
     else:
-        raise InputError(f"behaviour {name!r}", expected=f"a file, or one of {', '.join(builtin_names())}", found="neither")
+        raise _unknown(name)
     return tuple(Pair(**{"with": p.text}, without=p.plain, topic=p.topic, arguments=p.arguments) for p in prompts)
+
+
+def _builtin(name: str) -> Behavior:
+    """A behaviour of the package: its own file, or the entry of an instruction type."""
+    if name not in instructions():
+        resource = importlib.resources.files("mechmerge.behaviors").joinpath(f"data/{name}.yaml")
+        return parse_document(Behavior, parse_yaml(resource.read_text("utf-8"), f"{name}.yaml"), f"{name}.yaml")
+    spec = instructions()[name]
+    verifier = Verifier(name=spec.get("verifier", spec["instruction_id"]), min_words=spec.get("min_words", 0))
+    kept = {key: spec[key] for key in ("description", "answer_tokens") if key in spec}
+    return Behavior(name=name, verifier=verifier, builtin=name, **kept)
+
+
+def _unknown(name: str | Path) -> InputError:
+    return InputError(f"behaviour {name!s}", expected=f"a file, or one of {', '.join(builtin_names())}", found="neither")
 
 
 def load_behavior(name: str | Path) -> Behavior:
@@ -101,12 +122,11 @@ def load_behavior(name: str | Path) -> Behavior:
     """
     path = Path(name)
     if str(name) in builtin_names():
-        resource = importlib.resources.files("mechmerge.behaviors").joinpath(f"data/{name}.yaml")
-        behavior = parse_document(Behavior, parse_yaml(resource.read_text("utf-8"), f"{name}.yaml"), f"{name}.yaml")
+        behavior = _builtin(str(name))
     elif path.is_file():
         behavior = read_document(Behavior, path)
     else:
-        raise InputError(f"behaviour {name!s}", expected=f"a file, or one of {', '.join(builtin_names())}", found="neither")
+        raise _unknown(name)
     if behavior.builtin is not None:
         behavior = behavior.model_copy(update={"pairs": _builtin_pairs(behavior.builtin), "builtin": None})
     for i, pair in enumerate(behavior.pairs):

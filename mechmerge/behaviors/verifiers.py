@@ -1,4 +1,5 @@
-"""Judging answers: the official IFEval checkers, strict and loose, and three of our own (`number`, `contains`, `python`).
+"""Judging answers: the official IFEval checkers, strict and loose, IFBench's (ifbench.py), and our own `contains`, `json`,
+`number` and `python`.
 
 IFEval: https://arxiv.org/abs/2311.07911; its checkers come from lm-eval (lm_eval/tasks/ifeval), with the verdicts of its
 `test_instruction_following_strict` and `…_loose`. What is changed,
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import random
 import re
@@ -19,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from mechmerge.behaviors import ifbench, nltk_data
 from mechmerge.behaviors.checkers import checker_classes
-from mechmerge.behaviors.punkt import ensure_punkt
+from mechmerge.behaviors.readings import readings_of
 from mechmerge.behaviors.schema import Verifier
 from mechmerge.errors import InputError
 
@@ -52,8 +55,10 @@ IFEVAL: dict[str, tuple[str, ...]] = {
     "startend:end_checker": ("end_phrase",),
     "startend:quotation": (),
 }
-OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "number": ("answer",), "python": ("tests", "entry")}
-"""`contains`: the answer holds `text`; `number`: its last number is `answer`; `python`: its code passes `tests`."""
+OWN: dict[str, tuple[str, ...]] = {"contains": ("text",), "json": (), "number": ("answer",), "python": ("tests", "entry")}
+"""`contains`: the answer holds `text`; `json`: it is an object or an array with something in it; `number`: its last number is
+`answer`; `python`: its code passes `tests`.
+"""
 LETTER = "keywords:letter_frequency"
 NEED_PUNKT = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
 """Checkers that split text with NLTK's sentence model, which no package ships."""
@@ -67,7 +72,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\
 
 
 def verifier_names() -> list[str]:
-    """Names of all verifiers."""
+    """Names of all verifiers but IFBench's (`ifbench.ids`), which an extra brings."""
     return sorted(IFEVAL) + sorted(OWN)
 
 
@@ -76,11 +81,14 @@ def check_verifier(verifier: Verifier) -> None:
 
     Raises:
         InputError: an unknown name or argument.
-        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
+        MissingError: the checker needs data of NLTK that is neither installed nor to be fetched, or the extra `ifbench`.
     """
+    if ifbench.is_constraint(verifier.name):
+        ifbench.check_constraint(verifier.name, verifier.arguments)
+        return
     _keys(verifier.name, verifier.arguments)
     if verifier.name in NEED_PUNKT:
-        ensure_punkt()
+        nltk_data.ensure("punkt_tab")
 
 
 def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
@@ -89,6 +97,9 @@ def check_arguments(verifier: Verifier, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: a missing or unknown argument, or one that the checker does not accept.
     """
+    if ifbench.is_constraint(verifier.name):
+        ifbench.check_arguments(verifier.name, {**verifier.arguments, **arguments})
+        return
     merged = _arguments(verifier, arguments)
     if verifier.name in IFEVAL:
         with _seeded():
@@ -107,11 +118,14 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
 
     Raises:
         InputError: an unknown verifier, or a missing, unknown or refused argument.
-        MissingError: the checker needs NLTK's sentence model, which is neither installed nor to be fetched.
+        MissingError: the checker needs data of NLTK that is neither installed nor to be fetched, or the extra `ifbench`.
     """
+    if ifbench.is_constraint(verifier.name):
+        merged = {**verifier.arguments, **arguments}
+        return ifbench.judge(verifier.name, merged, prompt, answer, loose=loose, fits=lambda text: _long_enough(verifier, text))
     merged = _arguments(verifier, arguments)
     if verifier.name in NEED_PUNKT:
-        ensure_punkt()
+        nltk_data.ensure("punkt_tab")
     if verifier.name in OWN:
         return any(_long_enough(verifier, text) and _own(verifier.name, text, merged) for text in readings_of(answer, loose))
     with _seeded() as reseed:
@@ -124,15 +138,6 @@ def verify(verifier: Verifier, prompt: str, answer: str, arguments: Mapping[str,
     return False
 
 
-def readings_of(answer: str, loose: bool) -> list[str]:
-    """The texts of which one must pass, each once: the answer, or IFEval's eight loose ones in lm-eval's order."""
-    if not loose:
-        return [answer]
-    lines = answer.split("\n")
-    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    return list(dict.fromkeys([answer, answer.replace("*", ""), *cut, *(text.replace("*", "") for text in cut)]))
-
-
 def _long_enough(verifier: Verifier, text: str) -> bool:
     return bool(text.strip()) and (not verifier.min_words or len(re.findall(r"\S*\w\S*", text)) >= verifier.min_words)
 
@@ -140,6 +145,8 @@ def _long_enough(verifier: Verifier, text: str) -> bool:
 def _own(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
     if name == "contains":
         return str(arguments["text"]) in answer
+    if name == "json":
+        return _json(answer)
     if name == "python":
         from mechmerge.behaviors.sandbox import judge
 
@@ -148,11 +155,24 @@ def _own(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
     return bool(found) and _decimal(found[-1]) == _decimal(arguments["answer"])
 
 
+def _json(answer: str) -> bool:
+    """Stricter than IFEval's `json_format`, which passes any JSON value: a sentence in double quotes is one, and so is `7`."""
+    text = answer.strip()
+    for opening in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(opening)
+    try:
+        value = json.loads(text.removesuffix("```"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict | list) and bool(value)
+
+
 # --------------------------------------------------------------------------------------------------------------- arguments
 def _keys(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     keys = IFEVAL.get(name, OWN.get(name))
     if keys is None:
-        raise InputError(f"verifier {name!r}", expected=f"one of {', '.join(verifier_names())}", found="an unknown name")
+        known = f"one of {', '.join(verifier_names())}, or a constraint of IFBench"
+        raise InputError(f"verifier {name!r}", expected=known, found="an unknown name")
     unknown = sorted(set(arguments) - set(keys))
     if unknown:
         raise InputError(

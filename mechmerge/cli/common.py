@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechmerge.errors import InputError
+from mechmerge.errors import InputError, MissingError
 from mechmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mechmerge.localize.plan import Plan
 
 
 def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,6 +83,86 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--memory SIZE` in bytes, and `--plan`, as the parameter `only_plan`."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+        from mechmerge.localize.plan import parse_size
+
+        return None if value is None else parse_size(value)
+
+    memory = click.option(
+        "--memory", metavar="SIZE", default=None, callback=parse,
+        help="Memory that may be used, such as 4GB (default: what is free); models beyond it are streamed from disk.",
+    )  # fmt: skip
+    only_plan = click.option(
+        "--plan", "only_plan", is_flag=True, help="Print expected forwards, bytes read, memory and time; measure nothing."
+    )
+    return memory(only_plan(function))
+
+
+def show_plan(plan: Plan, output: str) -> None:
+    """Prints a plan on stdout: a row a step, and what they take together."""
+    from mechmerge.localize.plan import show_size
+
+    rows = [
+        {"step": c.name, "forwards": round(c.forwards), "bytes read": round(c.read), "seconds": round(c.seconds, 1)}
+        for c in (*plan.costs, plan.total)
+    ]
+    mode = "streamed" if plan.streamed else "in memory"
+    if output == "json":
+        facts = {
+            "mode": mode,
+            "memory": plan.peak,
+            "limit": plan.limit,
+            "batch": plan.batch,
+            "steps": rows[:-1],
+            "total": rows[-1],
+        }
+        click.echo(json.dumps({"plan": facts}, ensure_ascii=False))
+        return
+    table = [
+        {"step": c.name, "forwards": f"{c.forwards:,.0f}", "read": show_size(c.read), "time (estimate)": _duration(c.seconds)}
+        for c in (*plan.costs, plan.total)
+    ]
+    memory = f"about {show_size(plan.peak)} of memory (limit {show_size(plan.limit)})"
+    show(table, output, f"plan: the model {mode}, {memory}, {plan.batch} prompts a pass with gradients")
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
+
+
+@contextlib.contextmanager
+def memory_guard() -> Iterator[None]:
+    """Turns running out of memory into one line that says what to set.
+
+    Raises:
+        MissingError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in text and "out of memory" not in text:
+            raise
+        raise MissingError(
+            "memory", expected="enough for this model", found="none left",
+            fix="set --memory (such as 4GB) to stream the model, or use --dtype bfloat16 or fewer --prompts",
+        ) from None  # fmt: skip
+
+
+class BehaviorCommand(click.Command):
+    """A command whose help ends with the names of the built-in behaviours."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from mechmerge.behaviors.schema import builtin_names
+
+        with formatter.section("Built-in behaviours"):
+            formatter.write_text(", ".join(builtin_names()))
+
+
 def wide_console() -> Console:
     """A console on stdout that is at least 100 columns wide where stdout is no terminal."""
     from rich.console import Console
@@ -132,6 +215,33 @@ def named(values: Iterable[str], what: str) -> dict[str, str]:
             raise InputError(what, expected="each name once", found=f"{name} twice")
         result[name] = value
     return result
+
+
+def named_numbers(values: Iterable[str], what: str) -> dict[str, float]:
+    """Parses NAME=NUMBER options.
+
+    Raises:
+        InputError: one without a name or a number, or a name twice.
+    """
+    given = named(values, what)
+    try:
+        return {name: float(value) for name, value in given.items()}
+    except ValueError:
+        raise InputError(what, expected="NAME=NUMBER", found=" ".join(values)) from None
+
+
+class CountOrAuto(click.ParamType[int | str]):
+    """A number of at least 0, or the word `auto`."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number as an int."""
+        if value == "auto" or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return int(value)
 
 
 class LineProgress:

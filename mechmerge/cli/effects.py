@@ -8,19 +8,23 @@ from typing import Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     calibration_options,
     device_option,
     format_option,
     make_progress,
+    memory_guard,
+    memory_options,
     pair_options,
     quiet_option,
     set_threads,
     show,
+    show_plan,
     threads_option,
 )
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @calibration_options
@@ -33,6 +37,7 @@ from mechmerge.cli.common import (
     help="Completeness error at which no more nodes are added.",
 )
 @click.option("--max-nodes", type=click.IntRange(6), default=10, show_default=True, help="Most points of the path.")
+@memory_options
 @pair_options
 @device_option
 @threads_option
@@ -44,6 +49,7 @@ def command(
     behaviors: tuple[str, ...],
     weights: tuple[str, ...],
     out: Path,
+    only_plan: bool,
     threads: int | None,
     quiet: bool,
     output: str,
@@ -55,14 +61,21 @@ def command(
     log-likelihood of a behaviour's expert's own answers (nats per token; positive helps).
     """
     from mechmerge.cli.models import behavior_rows, open_experts
+    from mechmerge.localize.calibration import rows_of
     from mechmerge.localize.effects import EffectSettings, measure_effects
+    from mechmerge.localize.plan_steps import plan_effects
     from mechmerge.models.references import resolve
 
     rows = behavior_rows(behaviors, weights)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
-    file = measure_effects(resolve(base, progress=progress), models, rows, out, EffectSettings(**options), progress)
+    settings, model = EffectSettings(**options), resolve(base, progress=progress)
+    if only_plan:
+        show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
+        return
+    with memory_guard():
+        file = measure_effects(model, models, rows, out, settings, progress)
     table = [
         {
             "behavior": b.name,

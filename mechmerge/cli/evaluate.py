@@ -52,7 +52,7 @@ def table_options(function: Any) -> Any:
 @click.command()
 @click.argument("models", nargs=-1, metavar="[NAME=]MODEL...")
 @click.option(
-    "--suite", "suites", multiple=True, required=True, metavar="formats|arithmetic|code|ifeval|lm_eval:TASK|FILE",
+    "--suite", "suites", multiple=True, required=True, metavar="formats|arithmetic|code|ifeval|ifbench|lm_eval:TASK|FILE",
     help="What to ask; repeat for more.",
 )  # fmt: skip
 @click.option(
@@ -67,7 +67,8 @@ def table_options(function: Any) -> Any:
     help="Score answers made elsewhere (prompt, response, key a line) in the place of models; repeat.",
 )  # fmt: skip
 @click.option("--join-loose", is_flag=True, help="Also pair responses whose prompt is worded a little differently.")
-@click.option("--data", type=click.Path(path_type=Path, dir_okay=False), help="The prompts of ifeval (default: from the Hub).")
+@click.option("--data", type=click.Path(path_type=Path, dir_okay=False),
+              help="The prompts of ifeval or ifbench (default: the official ones).")  # fmt: skip
 @click.option(
     "--split", type=click.Choice(["test", "develop"]), default="test", show_default=True, help="Prompts of the built-in suites."
 )
@@ -116,20 +117,21 @@ def command(
     """
     from mechmerge.errors import InputError
     from mechmerge.evaluate.record import EvaluateSettings
-    from mechmerge.evaluate.suites import is_task, load_suite
+    from mechmerge.evaluate.suites import PUBLISHED, is_task, load_suite
 
     if bool(models) == bool(responses):
         raise click.UsageError("Give models, or --responses.")
     if join_loose and not responses:
         raise click.UsageError("--join-loose belongs to --responses.")
-    if data is not None and "ifeval" not in suites:
-        raise InputError("--data", expected="--suite ifeval", found=", ".join(suites))
+    if data is not None and len(set(suites) & set(PUBLISHED)) != 1:
+        wanted = f"one suite that it belongs to, {' or '.join(PUBLISHED)}"
+        raise InputError("--data", expected=wanted, found=", ".join(suites))
     if exact:
         options["dtype"] = "float32"
     settings = EvaluateSettings(exact=exact, **options)
     progress = make_progress(quiet)
     loaded = [
-        load_suite(name, split, limit, tiers=tiers or None, data=data if name == "ifeval" else None)
+        load_suite(name, split, limit, tiers=tiers or None, data=data if name in PUBLISHED else None)
         for name in suites
         if not is_task(name)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mechmerge.cli.common import named
+from mechmerge.cli.common import named, named_numbers
 from mechmerge.errors import InputError
 from mechmerge.progress import Progress
 
@@ -56,14 +56,10 @@ def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[Beha
     from mechmerge.behaviors.schema import load_group
     from mechmerge.localize.calibration import BehaviorRow
 
-    owners, given = named(behaviors, "--behavior"), named(weights, "--weight")
-    try:
-        numbers = {name: float(value) for name, value in given.items()}
-    except ValueError:
-        raise InputError("--weight", expected="NAME=NUMBER", found=" ".join(weights)) from None
+    owners, numbers = named(behaviors, "--behavior"), named_numbers(weights, "--weight")
     for name, number in numbers.items():
         if not (math.isfinite(number) and number > 0):
-            raise InputError("--weight", expected="a positive number", found=f"{name}={given[name]}")
+            raise InputError("--weight", expected="a positive number", found=f"{name}={number:g}")
     if unknown := numbers.keys() - owners.keys():
         raise InputError("--weight", expected=f"one of {', '.join(owners)}", found=", ".join(sorted(unknown)))
     return [BehaviorRow(Path(name).stem, load_group(name), expert, numbers.get(name, 1.0)) for name, expert in owners.items()]

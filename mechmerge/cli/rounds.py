@@ -8,24 +8,29 @@ from typing import Any
 import click
 
 from mechmerge.cli.common import (
+    BehaviorCommand,
     calibration_options,
     device_option,
     format_option,
     make_progress,
+    memory_guard,
+    memory_options,
     pair_options,
     quiet_option,
     set_threads,
     show,
+    show_plan,
     threads_option,
 )
 
 
-@click.command()
+@click.command(cls=BehaviorCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]EXPERT...")
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The rounds file.")
 @click.option("--max-rounds", type=click.IntRange(1, 4), default=4, show_default=True, help="Most rounds.")
+@memory_options
 @pair_options
 @device_option
 @threads_option
@@ -37,6 +42,7 @@ def command(
     behaviors: tuple[str, ...],
     weights: tuple[str, ...],
     out: Path,
+    only_plan: bool,
     threads: int | None,
     quiet: bool,
     output: str,
@@ -49,6 +55,8 @@ def command(
     Trains nothing.
     """
     from mechmerge.cli.models import behavior_rows, open_experts
+    from mechmerge.localize.calibration import rows_of
+    from mechmerge.localize.plan_steps import plan_effects
     from mechmerge.localize.rounds import RoundSettings, settle
     from mechmerge.models.references import resolve
 
@@ -56,7 +64,12 @@ def command(
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
-    file = settle(resolve(base, progress=progress), models, rows, out, RoundSettings(**options), progress)
+    settings, model = RoundSettings(**options), resolve(base, progress=progress)
+    if only_plan:
+        show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
+        return
+    with memory_guard():
+        file = settle(model, models, rows, out, settings, progress)
     show(
         [
             {

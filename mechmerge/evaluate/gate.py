@@ -1,6 +1,7 @@
 """The gate: rules that an evaluation must satisfy before a merge is accepted.
 
     model: conflict                                             # the default for rules that name none
+    weights: {conflict: 4be1…}                                  # optional: sha256 over its shards, as evaluation.json holds it
     rules:
       - {metric: formats, at_least: {model: base, plus: 0.20}}
       - {metric: formats, difference_to: base, at_least: 0.05, use: low}         # on the paired interval
@@ -9,14 +10,15 @@
 
 With `use: low` the lower end of the 95 % interval must reach the bound; a bound relative to another model is then judged on the
 paired difference to it, since that model was only measured as well. A metric or model that the evaluation does not hold
-refuses: what was not measured was not shown. So does an evaluation of other weights than those to be accepted (by sha256).
+refuses: what was not measured was not shown. So does an evaluation of other weights than those to be accepted: those that
+the gate file names by their sha256, or that the caller gives (`--weights FOLDER`; `run` and `publish` always do).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -89,6 +91,8 @@ class Gate(Document):
 
     model: str | None = None
     """The model judged by rules that name none."""
+    weights: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    """By model, the one sha256 over its shards that an evaluation must be of (`ModelId.digest`, which `gate` writes)."""
     rules: tuple[Rule, ...] = Field(min_length=1)
 
 
@@ -158,7 +162,7 @@ def check_gate(
             of others.
 
     Raises:
-        InputError: a rule names no model, and neither the gate nor the caller does.
+        InputError: a rule names no model, and neither the gate nor the caller does; weights of a model that no rule is about.
     """
     results = []
     for number, rule in enumerate(gate.rules):
@@ -167,15 +171,23 @@ def check_gate(
             raise InputError(
                 f"gate rule {number}", expected="a model", found="none", fix="name it in the gate file, or pass --model"
             )
-        results.append(_check(evaluation, rule, name, weights or {}))
-    bound = {result.model: weights[result.model].digest for result in results if weights and result.model in weights}
+        results.append(_check(evaluation, rule, name, weights or {}, gate.weights))
+    asked = {name for number, rule in enumerate(gate.rules) for name in (results[number].model, *rule.others)}
+    for name in gate.weights.keys() - asked:
+        raise InputError(
+            f"gate weights of {name}", expected=f"one of {', '.join(sorted(asked))}", found="a model without a rule"
+        )
+    digests = gate.weights | {name: model.digest for name, model in (weights or {}).items()}
+    bound = {result.model: digests[result.model] for result in results if result.model in digests}
     return GateResult(passed=all(result.passed for result in results), rules=tuple(results), weights=bound)
 
 
-def _check(evaluation: Evaluation, rule: Rule, model: str, weights: Mapping[str, ModelId]) -> RuleResult:
+def _check(
+    evaluation: Evaluation, rule: Rule, model: str, weights: Mapping[str, ModelId], pinned: Mapping[str, str]
+) -> RuleResult:
     words = _words(rule, model)
     try:
-        _same_weights(evaluation, (model, *rule.others), weights)
+        _same_weights(evaluation, (model, *rule.others), weights, pinned)
         metric = evaluation.metric(model, rule.metric)
         figure, bound = _figure(evaluation, rule, model)
     except InputError as error:
@@ -193,18 +205,23 @@ def _check(evaluation: Evaluation, rule: Rule, model: str, weights: Mapping[str,
     )  # fmt: skip
 
 
-def _same_weights(evaluation: Evaluation, models: tuple[str, ...], weights: Mapping[str, ModelId]) -> None:
+def _same_weights(
+    evaluation: Evaluation, models: tuple[str, ...], weights: Mapping[str, ModelId], pinned: Mapping[str, str]
+) -> None:
     for name in models:
-        if name not in weights:
+        if name not in weights and name not in pinned:
             continue
         evaluation.metrics(name)  # an unknown name is said first
         held = evaluation.models[name].id
         if not isinstance(held, ModelId):
             raise InputError(f"model {name}", expected="an evaluation of its weights", found="answers made elsewhere")
-        if held.shards != weights[name].shards:
+        wanted = {pinned[name]} if name in pinned else set()
+        wanted |= {weights[name].digest} if name in weights else set()
+        if wanted != {held.digest}:
+            others = ", ".join(f"{one[:12]}…" for one in sorted(wanted))
             raise InputError(
                 f"model {name}",
-                expected=f"an evaluation of these weights ({weights[name].digest[:12]}…)",
+                expected=f"an evaluation of these weights ({others})",
                 found=f"one of others ({held.digest[:12]}…)",
                 fix="evaluate the model again",
             )

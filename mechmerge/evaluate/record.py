@@ -15,6 +15,8 @@ from mechmerge.models.references import ModelId
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 """What a model may be called in an evaluation."""
+PLAIN = r"[^\s|<>`*~&\\\[\]]+"
+"""What suites and metrics may be called: nothing that Markdown or HTML reads as more than a name."""
 
 
 class EvaluateSettings(Document):
@@ -191,13 +193,14 @@ class Evaluation(Document):
 
     @model_validator(mode="after")
     def _names(self) -> Evaluation:
-        # Names go into tables, pages and file names: a file from elsewhere may hold no others than we write.
+        # Names go into tables, pages and file names: a file from elsewhere may hold no others than we write. So Markdown needs
+        # no escapes, and what is read in a table is the name.
         for model, result in self.models.items():
             if not re.fullmatch(NAME, model):
                 raise ValueError(f"model name {model!r}: expected letters, digits, _ . -")
-            for name in (name for suite in result.suites.values() for name in suite.metrics):
-                if not re.fullmatch(r"[^\s|<>`]+", name):
-                    raise ValueError(f"metric name {name!r}: expected one without spaces, |, <, > and `")
+            for name in (name for suite, held in result.suites.items() for name in (suite, *held.metrics)):
+                if not re.fullmatch(PLAIN, name):
+                    raise ValueError(f"metric name {name!r}: expected one without spaces and markup")
         for test in self.pairs:
             for name in (test.model, test.against):
                 if name not in self.models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from mechmerge.evaluate.columns import Column
 Array = NDArray[np.float64]
 TAIL = 0.025
 """What a 95 % interval leaves out on either side."""
+KEPT = 4_000_000
+"""Weights (of 8 bytes) that are worth keeping: metrics over the same clusters, and all their pairs, have the same resamples."""
 
 
 class Layout:
@@ -53,9 +56,17 @@ class Layout:
 
     def bootstrap(self, values: Array, seed: int, resamples: int, clusters: int) -> Array:
         """The means of resamples of so many clusters, [resamples]; equal seeds draw equal clusters."""
-        share = np.full(self.clusters, 1 / self.clusters)
-        weights = np.random.default_rng(seed).multinomial(clusters, share, size=resamples).astype(np.float64)
+        draw = _weights if self.clusters * resamples <= KEPT else _weights.__wrapped__
+        weights = draw(self.clusters, clusters, seed, resamples)
         return _combine(weights @ self.sums(values), weights @ self.counts)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(held: int, drawn: int, seed: int, resamples: int) -> Array:
+    """How often each of the clusters held is among those drawn, [resamples, held]; nobody may write into it."""
+    found = np.random.default_rng(seed).multinomial(drawn, np.full(held, 1 / held), size=resamples).astype(np.float64)
+    found.flags.writeable = False
+    return found
 
 
 def levels(clusters: int, tail: float = TAIL) -> tuple[float, float]:

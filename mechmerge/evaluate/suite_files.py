@@ -20,7 +20,7 @@ from typing import Any
 from mechmerge.artifacts import parse_document, parse_json, parse_yaml, read_text
 from mechmerge.behaviors.verifiers import check_arguments, check_verifier, verify
 from mechmerge.errors import InputError, MechmergeError, MissingError, SchemaError
-from mechmerge.evaluate.ifeval import converted
+from mechmerge.evaluate.instruction_files import converted
 from mechmerge.evaluate.suites import Suite, SuitePrompt
 
 

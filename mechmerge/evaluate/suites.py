@@ -1,8 +1,8 @@
 """Suites: prompts with the instructions that judge their answers.
 
 Built in are `formats` (every topic of the split in all six IFEval formats), `arithmetic` and `code`, each with tiers that are
-reported apart, and `ifeval`, the official prompts of IFEval (evaluate/ifeval.py says where they come from). A user's own
-suite is a file (evaluate/suite_files.py).
+reported apart, and `ifeval` and `ifbench`, the official prompts of IFEval and IFBench (evaluate/ifeval.py and ifbench.py say
+where they come from). A user's own suite is a file (evaluate/suite_files.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from mechmerge.behaviors.schema import Verifier
 from mechmerge.errors import InputError
 
 Reading = Literal["strict", "loose"]
-BUILTIN = ("formats", "arithmetic", "code", "ifeval")
+BUILTIN = ("formats", "arithmetic", "code", "ifeval", "ifbench")
+PUBLISHED = ("ifeval", "ifbench")
+"""Those whose prompts are a published file, which `--data` may name."""
 
 TASK = "lm_eval:"
 """What names of lm-eval's tasks begin with where suites are named."""
@@ -139,21 +141,24 @@ def load_suite(
         split: of a built-in suite: `test` is what is reported, `develop` is for choosing settings. A file has no splits.
         limit: at most this many prompts, the same share of every group and tier.
         tiers: only prompts of these (default: all that there are).
-        data: the official prompts of `ifeval`, a JSON Lines file (default: from the Hub, at a pinned revision).
+        data: the prompts of `ifeval` or `ifbench`, a JSON Lines file (default: the official ones, by their digest).
 
     Raises:
         InputError: neither a built-in name nor a file; an unknown verifier or argument.
         SchemaError: the file breaks the schema, a prompt is missing, or an id stands twice.
         MissingError: a verifier or the suite needs data that is not on this machine.
     """
-    from mechmerge.evaluate import builtin_suites, ifeval, suite_files
+    from mechmerge.evaluate import builtin_suites, ifbench, ifeval, suite_files
 
-    if data is not None and str(name) != "ifeval":
-        raise InputError("--data", expected="the suite ifeval", found=str(name), fix="a file of your own is a suite itself")
+    if data is not None and str(name) not in PUBLISHED:
+        wanted = f"the suite {' or '.join(PUBLISHED)}"
+        raise InputError("--data", expected=wanted, found=str(name), fix="a file of your own is a suite itself")
     if str(name) in builtin_suites.SUITES:
         suite = builtin_suites.SUITES[str(name)](split)
     elif str(name) == "ifeval":
         suite = ifeval.load(data)
+    elif str(name) == "ifbench":
+        suite = ifbench.load(data)
     elif Path(name).is_file():
         suite = suite_files.load(Path(name))
     else:

@@ -55,11 +55,15 @@ class Bench:
     def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu") -> None:
         self.checkpoint = model.checkpoint()
         self.module: Any = self.open(model.path, dtype, device)
-        self.tokenizer = load_tokenizer(model.path)
-        self.device = device
+        self.folder, self.device = model.path, device
         self.layers: list[torch.nn.Module] = list(self.module.get_submodule(self.checkpoint.arch.family.layers))
         loaded = dict(self.module.named_parameters())
         self.parameters: dict[str, torch.nn.Parameter] = {name: loaded[self.loaded(name)] for name in self.checkpoint.entries}
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.folder)
 
     def loaded(self, name: str) -> str:
         """The name that a checkpoint's tensor or module has in the loaded model."""
@@ -76,6 +80,14 @@ class Bench:
         encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
         self.check_length(encoded.input_ids.shape[1])
         return Batch(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
+
+    def batch(self, ids: Sequence[Sequence[int]]) -> Batch:
+        """Puts token ids of some texts into one left-padded batch."""
+        self.check_length(max(map(len, ids)))
+        width, pad = max(map(len, ids)), self.tokenizer.pad_token_id
+        rows = torch.tensor([[pad] * (width - len(own)) + list(own) for own in ids])
+        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids])
+        return Batch(rows.to(self.device), mask.to(self.device))
 
     def check_length(self, tokens: int) -> None:
         """Refuses a prompt of so many tokens that does not fit into the model's context.
@@ -113,6 +125,13 @@ class Bench:
         with contextlib.nullcontext() if residual is None else self.passing(residual):
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
+
+    def logits(self, residual: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K, vocabulary] of a residual stream after all layers, [B, K, D]: final norm and head alone."""
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        with self.passing(residual):
+            found: torch.Tensor = self._call(Batch(ids, torch.ones_like(ids))).logits
+        return found
 
     def run(self, batch: Batch, stop: int) -> torch.Tensor:
         """The residual stream after `stop` layers, [B, T, D]; the layers above and the language head do not run."""
@@ -189,8 +208,9 @@ class Bench:
 
     def step(self, layer: int, x: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """One layer's output, [B, T, D], from its input and the arguments of a trace."""
-        output = self.layers[layer](x, *arguments[0], **arguments[1])
-        return output[0] if isinstance(output, tuple) else output
+        output: Any = self.layers[layer](x, *arguments[0], **arguments[1])
+        after: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
     # ------------------------------------------------------------------------------------------------------------ backward
     def backward(

@@ -26,15 +26,21 @@ from mechmerge.errors import InputError, LocalizeError
 from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.effect_file import EFFECT_KINDS
 from mechmerge.localize.gradients import DeltaProbe
+from mechmerge.localize.plan import Plan
+from mechmerge.localize.plan_steps import plan_effects
+from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
 from mechmerge.models.deltas import delta_of
-from mechmerge.models.load import load_model
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
 from mechmerge.models.references import Model
 from mechmerge.progress import SILENT, Progress
 from mechmerge.versions import versions
 
 Array = np.ndarray
+
+
+DELTAS_KEPT = 16
+"""Tensors whose deltas are kept where the model is streamed: about a layer's."""
 
 
 class CalibrationSettings(Document):
@@ -46,6 +52,10 @@ class CalibrationSettings(Document):
     """Examples a forward pass with gradients."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "cpu"
+    memory: int | None = Field(default=None, ge=1)
+    """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
+    which changes no score.
+    """
     seed: int = 0
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
@@ -98,6 +108,11 @@ class Point:
         return Point(rest, mixed)
 
 
+def rows_of(rows: Sequence[BehaviorRow]) -> list[tuple[str, tuple[Behavior, ...]]]:
+    """(expert, members) of each row, as plans are made of."""
+    return [(row.expert, row.members) for row in rows]
+
+
 class Calibration:
     """The calibration of one base, its experts and behaviours.
 
@@ -148,7 +163,7 @@ class Calibration:
             # A list: the order of the experts is a dimension of the tensors, and digests do not see the order of a mapping.
             "experts": [[name, expert.id.shards] for name, expert in experts.items()],
             "rows": [[row.name, row.expert, [member.digest for member in row.members]] for row in rows],
-            "settings": {name: getattr(settings, name) for name in CalibrationSettings.model_fields},
+            "settings": {name: getattr(settings, name) for name in CalibrationSettings.model_fields if name != "memory"},
             "sides": base.sides,
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -161,7 +176,12 @@ class Calibration:
     @cached_property
     def bench(self) -> Bench:
         """The model whose weights are moved about; loaded when a unit is missing."""
-        return Bench(self.base, self.settings.dtype, self.settings.device)
+        return open_bench(self.base, self.settings.dtype, self.settings.device, self.plan)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Whether the model is streamed."""
+        return plan_effects(self.checkpoint, len(self.experts), rows_of(self.rows), self.settings)
 
     def point(self, coefficient: float, only: str | None = None) -> Point:
         """One coefficient for everything of all experts, or of one of them alone."""
@@ -225,7 +245,7 @@ class Calibration:
 
     def _expert(self, name: str) -> Any:
         if getattr(self, "_loaded", None) != name:
-            self._model = load_model(self.experts[name].path, self.settings.dtype, self.settings.device)
+            self._model = open_bench(self.experts[name], self.settings.dtype, self.settings.device, self.plan).module
             self._loaded = name
         return self._model
 
@@ -251,6 +271,8 @@ class Calibration:
 
     def _deltas_of(self, name: str) -> list[torch.Tensor | None]:
         if name not in self._deltas:
+            if self.plan.streamed and len(self._deltas) >= DELTAS_KEPT:
+                self._deltas.clear()
             found = [delta_of(self.checkpoint, expert, name) for expert in self.opened.values()]
             self._deltas[name] = [None if d is None else d.to(self.bench.module.dtype) for d in found]
         return self._deltas[name]

@@ -3,7 +3,7 @@
 Memory beside the bench: the base's own values of the components that are moved, and the answers' logits of a few prompts; the
 expert's log-probabilities lie on disk.
 
-Shapes: n prompts, t tokens of an answer, V vocabulary.
+Shapes: n prompts.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from mechmerge.artifacts import Units
 from mechmerge.localize.asked import Asked
 from mechmerge.localize.bench import Bench, layer_source
 from mechmerge.localize.curve_sets import Sets
-from mechmerge.localize.measure import Anchor
+from mechmerge.localize.outputs import Agreement, Answers, ask_expert
+from mechmerge.localize.resume import Prompts, Readout
 from mechmerge.models.checkpoint import Checkpoint
 
 Array = np.ndarray
-LOGITS_BYTES = 64_000_000
-"""Logits (float32) of one forward pass stay below this many bytes, or are one prompt's."""
+MakeReadout = Callable[[Bench, Asked, Answers], tuple[list[list[int]], Readout]]
+"""The bench, the curves' prompts and the expert's answers to them → the texts that recovery is measured on, and the readout."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Point:
     """The curves' prompts on the base with one set moved in."""
 
     state: Array
-    """s of each prompt, float64 [n]."""
+    """The readout of each prompt, float64 [n]."""
     kl: Array | None
     """KL summed over the tokens of each of the expert's answers, float64 [n], nats; None where not measured."""
     passed: list[bool]
@@ -46,18 +45,6 @@ def rate(verdicts: Sequence[bool]) -> float | None:
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 
-@dataclass(frozen=True)
-class ExpertAnswers:
-    """What the expert says to the curves' prompts."""
-
-    state: Array
-    """[n]"""
-    answers: list[list[int]]
-    """Token ids of each answer, its end token included."""
-    passed: list[bool]
-    """Verdicts; empty without a verifier."""
-
-
 class CurveBench:
     """Measures sets of one expert's components on one behaviour.
 
@@ -65,7 +52,7 @@ class CurveBench:
         bench: a bench that holds the base's weights, and does so again after every call.
         base: the base.
         expert: the expert.
-        anchor: what recovery is measured on.
+        readout: what recovery is measured on.
         asked: the curves' prompts.
         answered: how many of them the patched models answer (0: no pass rates).
         units: where points are kept.
@@ -77,76 +64,58 @@ class CurveBench:
         bench: Bench,
         base: Checkpoint,
         expert: Checkpoint,
-        anchor: Anchor,
+        readout: MakeReadout,
         asked: Asked,
         answered: int,
         units: Units,
         key: str,
     ) -> None:
-        self.bench, self.base, self.checkpoint, self.anchor, self.asked = bench, base, expert, anchor, asked
+        self.bench, self.base, self.checkpoint, self.readout, self.asked = bench, base, expert, readout, asked
         self.answered = asked.first(0 if asked.behavior.verifier is None else answered)
         self.units, self.key = units, key
         self.source = layer_source(expert)
-        self.prompts = asked.prompts(bench)
-        self._expert: ExpertAnswers | None = None
 
     # -------------------------------------------------------------------------------------------------------------- expert
-    @property
-    def expert(self) -> ExpertAnswers:
+    @functools.cached_property
+    def expert(self) -> Answers:
         """The expert's answers, made once and kept with their log-probabilities."""
-        if self._expert is None:
-            found = self.units.json("curve-expert", self._ask)
-            self._expert = ExpertAnswers(np.array(found["state"]), found["answers"], found["passed"])
-        return self._expert
+        return ask_expert(self.bench, self.base, self.checkpoint, self.asked, self.units, "curve")
 
-    def _ask(self) -> dict[str, Any]:
-        self.bench.load(self.checkpoint)
-        try:
-            answers = self.asked.answers(self.bench)
-            ids = [[*a.ids, *([] if a.end is None else [a.end])] for a in answers]
-            for rows, logits in self._logits(ids):
-                for row, own in zip(rows, logits, strict=True):
-                    values = own[-len(ids[row]) :].float().log_softmax(-1).cpu().numpy()
-                    self.units.arrays(f"curve-logp-{row}", functools.partial(dict, logp=values))
-            return {"state": self.state().tolist(), "answers": ids, "passed": self.asked.verdicts(answers)}
-        finally:
-            self.bench.load(self.base)
+    @functools.cached_property
+    def expert_state(self) -> Array:
+        """The expert's own readout of every prompt, float64 [n]."""
+
+        def read() -> dict[str, Array]:
+            self.bench.load(self.checkpoint)
+            try:
+                return {"state": self.state()}
+            finally:
+                self.bench.load(self.base)
+
+        _ = self.expert  # made while the bench is free
+        state: Array = self.units.arrays(f"{self.key}-expert-state", read)["state"]
+        return state
 
     # -------------------------------------------------------------------------------------------------------- measurements
-    @torch.no_grad()
+    @functools.cached_property
+    def _read(self) -> Prompts:
+        return Prompts(self.bench, *self.readout(self.bench, self.asked, self.expert))
+
+    @functools.cached_property
+    def _spoken(self) -> Prompts:
+        return Prompts(self.bench, self.expert.texts, Agreement(self.bench, self.expert))
+
     def state(self) -> Array:
-        """s of every prompt with the weights as they stand, float64 [n]."""
-        batch = self.bench.encode(self.asked.texts, special_tokens=self.asked.special_tokens)
-        return self.anchor.state(self.bench.run(batch, self.anchor.layer)).double().cpu().numpy()
+        """The readout of every prompt with the weights as they stand, float64 [n]."""
+        return _value(self._read)
 
     def divergence(self) -> Array:
         """KL(expert ‖ the weights as they stand) summed over each answer's tokens, float64 [n], nats."""
-        found = np.zeros(len(self.prompts))
-        answers = self.expert.answers
-        for rows, logits in self._logits(answers):
-            for row, own in zip(rows, logits, strict=True):
-                logp = torch.from_numpy(self._logp(row)).to(own.device)
-                logq = own[-len(answers[row]) :].float().log_softmax(-1)
-                found[row] = (logp.exp() * (logp - logq)).sum(dtype=torch.float64).item()
-        return found
+        return -_value(self._spoken)
 
     def verdicts(self) -> list[bool]:
         """Which answers of the model as it stands the verifier passes."""
         return self.answered.verdicts(self.answered.answers(self.bench))
-
-    def _logp(self, row: int) -> Array:
-        logp: Array = self.units.arrays(f"curve-logp-{row}", dict)["logp"]
-        return logp
-
-    def _logits(self, answers: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(prompts, logits [prompts, longest answer, V]) of the given answers, some prompts at a time."""
-        longest = max(len(answer) for answer in answers)
-        size = max(1, LOGITS_BYTES // (longest * self.bench.checkpoint.arch.vocabulary * 4))
-        for start in range(0, len(answers), size):
-            rows = list(range(start, min(start + size, len(answers))))
-            batch, labels = self.bench.encode_answers([(self.prompts[i], answers[i]) for i in rows])
-            with torch.no_grad():
-                yield rows, self.bench.answer_logits(batch, labels)
 
     # --------------------------------------------------------------------------------------------------------------- points
     def point(self, name: str, kl: bool, answers: bool, reach: Callable[[], None]) -> Point:
@@ -214,9 +183,7 @@ def _units_at(sets: Sets, point: int) -> Iterator[tuple[int, str, list[int]]]:
                 yield layer, kind, units
 
 
-def discard_expert(units: Units) -> None:
-    """Removes the expert's answers and log-probabilities, which are many bytes, once the curves are a unit."""
-    # The answers first: where they stand, the log-probabilities are complete.
-    (units.folder / "curve-expert.json").unlink(missing_ok=True)
-    for path in units.folder.glob("curve-logp-*.safetensors"):
-        path.unlink()
+def _value(prompts: Prompts) -> Array:
+    """The readout with the weights as they stand, float64 [n]."""
+    found: Array = prompts.state(prompts.embedded(), 0)[0].numpy()
+    return found

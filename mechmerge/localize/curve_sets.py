@@ -47,7 +47,7 @@ def set_orders(file: ScoreFile, seeds: Sequence[int]) -> dict[Order, Sets]:
         file: a score file with its delta norms; components at or above its anchor's layer take no part.
         seeds: one random order each.
     """
-    below = file.metadata.anchor.layer
+    below = file.depth
     scores: dict[str, Array] = {kind: file.score(kind)[:below] for kind in UNIT_KINDS}
     best = _by_score(scores)
     orders: dict[Order, Sets] = {("score", None): best}

@@ -66,7 +66,7 @@ def measure_curves(
     orders = set_orders(file, seeds)
     progress.start(f"{file.metadata.behavior}: set curves beside their controls", 2 + (len(SHARES) - 1) * len(orders))
     try:
-        expert = bench.expert  # first: it needs the bench's weights for itself
+        expert = bench.expert_state  # first: it needs the bench's weights for itself
         base = bench.point("base", kl=True, answers=True, reach=lambda: None)
         progress.advance()
         measured: dict[Order, list[Point]] = {}
@@ -83,7 +83,7 @@ def measure_curves(
     found = [
         value for points in measured.values() for point in points for value in (point.state, point.kl) if value is not None
     ]
-    if not all(np.isfinite(value).all() for value in (expert.state, *found)):
+    if not all(np.isfinite(value).all() for value in (expert, *found)):
         raise LocalizeError(name, expected="finite states and divergences", found="NaN", fix="try --dtype float32")
     return _Said(file, bench, orders, measured, seed).record(unseen)
 
@@ -100,11 +100,11 @@ class _Said:
         seed: int,
     ) -> None:
         self.file, self.bench, self.orders, self.measured, self.seed = file, bench, orders, measured, seed
-        self.tokens = np.array([len(answer) for answer in bench.expert.answers], float)
+        self.tokens = bench.expert.tokens
         states = np.stack([[point.state for point in points] for points in measured.values()])
         self.changes = states - states[0, 0]
         """[orders, points, n], the base first; the score order first and the magnitude order last."""
-        self.gaps = bench.expert.state - states[0, 0]
+        self.gaps = bench.expert_state - states[0, 0]
         # A recovery needs a gap on the scores' prompts and on these.
         self.recovers = file.metadata.scale == "recovery" and mean_low(self.gaps, seed) > 0
         self.unit = float(self.gaps.mean()) if self.recovers else 1.0

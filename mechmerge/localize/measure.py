@@ -1,8 +1,4 @@
-"""Screening and weight patching against one anchor.
-
-Gradient screening (arXiv 2604.13694 §III-D) ranks every head, KV group and neuron; weight patching (§III-C) really puts
-the expert's weights of a component into the base and measures the state: sufficiency. Patches resume from the base's
-residual stream at the patched layer and stop at the anchor; nothing else about them is approximate.
+"""The anchor's state, and gradient screening (arXiv 2604.13694 §III-D), which ranks every head, KV group and neuron.
 
 Shapes: n prompts, L layers, U units.
 """
@@ -10,14 +6,15 @@ Shapes: n prompts, L layers, U units.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mechmerge.localize.bench import Batch, Bench, Trace
+from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.gradients import DeltaProbe
+from mechmerge.localize.resume import Readout
 from mechmerge.models.components import LEAF_KINDS, PARTS, SCORED_KINDS, UNIT_KINDS, Component
 
 Array = np.ndarray
@@ -36,6 +33,10 @@ class Anchor:
         """Only the last prompt token is read."""
         return 1
 
+    def needs(self, prompt: int) -> int:
+        """The same of every prompt."""
+        return 1
+
     def read(self, residual: torch.Tensor) -> torch.Tensor:
         """s(θ; x), [..., n], from the residual stream at the last prompt token, [..., n, 1, D]."""
         return residual[..., -1, :].float() @ self.vector
@@ -45,13 +46,25 @@ class Anchor:
         return residual[:, -1].float() @ self.vector
 
 
-def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Source) -> dict[str, Array]:
-    """First-order change of the state for every component below the anchor.
+def screen(
+    bench: Bench, batches: Sequence[Batch], readouts: Sequence[Readout], expert: Source, origin: Source | None = None
+) -> dict[str, Array]:
+    """First-order change of a readout for every component below it.
+
+    Args:
+        bench: the base.
+        batches: the prompts.
+        readouts: what is measured of each batch, all at one layer.
+        expert: the expert's tensor by name.
+        origin: where the differences to the expert start, by name, when the bench stands elsewhere (localize/path.py).
 
     Returns:
-        For each scored kind, [n, L, U] in units of the state; 0 above the anchor. The prompts stand in the batches' order.
+        For each scored kind, [n, L, U] in the readout's unit; 0 above it. The prompts stand in the batches' order.
     """
-    arch = bench.checkpoint.arch
+    arch, stop = bench.checkpoint.arch, readouts[0].layer
+
+    def scalar(i: int, residual: torch.Tensor) -> torch.Tensor:
+        return readouts[i].read(residual[None, :, -readouts[i].positions :])[0]
 
     # The tensors of about one layer are kept, for a bench that takes every batch through one layer before the next.
     @functools.lru_cache(maxsize=16)
@@ -59,10 +72,14 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
         if not name.startswith(f"{arch.family.layers}."):
             return [None]  # nothing outside the layers is scored
         own, other = bench.weight(name), expert(name).to(bench.device)
-        return [None if torch.equal(own, other) else other.to(own.dtype) - own]
+        own = own if origin is None else origin(name).to(own)
+        exact = torch.promote_types(own.dtype, other.dtype) == own.dtype
+        delta = (other if exact else other.to(own.dtype)) - own
+        # `equal` stops at the first difference.
+        return [None if torch.equal(delta, delta.new_zeros(()).expand_as(delta)) else delta]
 
-    with DeltaProbe(bench, deltas, 1, below=anchor.layer) as probe:
-        bench.backward(batches, anchor.layer, lambda _, residual: anchor.state(residual), probe.turn)
+    with DeltaProbe(bench, deltas, 1, below=stop) as probe:
+        bench.backward(batches, stop, scalar, probe.turn)
         parts = [probe.take(i) for i in range(len(batches))]
     n = sum(batch.ids.shape[0] for batch in batches)
     leaves: dict[str, Array] = {kind: np.zeros((n, arch.layers, arch.units(kind)), np.float64) for kind in LEAF_KINDS}
@@ -77,35 +94,6 @@ def screen(bench: Bench, batches: Sequence[Batch], anchor: Anchor, expert: Sourc
         kind: leaves[kind] if kind in UNIT_KINDS else sum(leaves[part].sum(2, keepdims=True) for part in PARTS[kind])
         for kind in SCORED_KINDS
     }
-
-
-def patch_state(bench: Bench, trace: Trace, anchor: Anchor, component: Component, source: Source) -> Array:
-    """State of every prompt, [n], with the component's weights taken from `source`."""
-    with bench.patched(bench.checkpoint.layout.component_blocks(component), source):
-        return anchor.state(bench.resume(trace, component.layer)).double().cpu().numpy()
-
-
-def patch_layer(
-    bench: Bench, trace: Trace, anchor: Anchor, components: Iterable[Component], source: Source
-) -> dict[str, Array]:
-    """States with each of the components patched in alone, by component name."""
-    return {str(component): patch_state(bench, trace, anchor, component, source) for component in components}
-
-
-def identity_control(bench: Bench, trace: Trace, anchor: Anchor) -> float:
-    """Largest |change of state| when the base is patched with itself; 0 or the measurement is wrong."""
-    start = anchor.state(trace.residual[-1]).double().cpu().numpy()
-    own = {name: bench.weight(name).clone() for name in _some(bench, anchor.layer)}
-    worst = 0.0
-    for layer in sorted({0, anchor.layer // 2, anchor.layer - 1}):
-        for component in (Component(layer, "layer"), Component(layer, "head"), Component(layer, "neuron")):
-            worst = max(worst, float(np.abs(patch_state(bench, trace, anchor, component, own.__getitem__) - start).max()))
-    return worst
-
-
-def _some(bench: Bench, below: int) -> Iterable[str]:
-    prefixes = tuple(f"{bench.checkpoint.arch.family.layers}.{layer}." for layer in (0, below // 2, below - 1))
-    return (name for name in bench.parameters if name.startswith(prefixes))
 
 
 def best_units(scores: dict[str, Array], anchor_layer: int, count: int) -> list[Component]:

@@ -28,11 +28,17 @@ from mechmerge.localize.bench import Bench
 from mechmerge.localize.donors import Change, Donor, Place, Site, graft, swap
 from mechmerge.localize.resume import Prompts, Readout, Stream, standing_in
 from mechmerge.models.components import Component
+from mechmerge.models.families import Architecture
 
 Array = np.ndarray
 Source = Callable[[str], torch.Tensor]
-ROWS = 6144
-"""Tokens of a batch of variants: more gain nothing on a CPU and take memory."""
+BATCH_BYTES = 170_000_000
+"""Memory of a batch of variants (6000 tokens of SmolLM2-135M in float32): more gains nothing on a CPU."""
+
+
+def token_bytes(arch: Architecture) -> int:
+    """About what one token of a variant takes while a layer runs, in bytes (float32)."""
+    return 4 * (4 * arch.hidden + 3 * arch.neurons)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ class Patcher:
         bench: the model that is patched; it holds its own weights again after every call.
         ids: token ids of each prompt.
         readout: what is measured (an `Anchor`, for one).
-        rows: tokens of a batch of variants.
+        variants: how many run side by side; as many as fit into `BATCH_BYTES` when None.
     """
 
-    def __init__(self, bench: Bench, ids: Sequence[Sequence[int]], readout: Readout, rows: int = ROWS) -> None:
+    def __init__(self, bench: Bench, ids: Sequence[Sequence[int]], readout: Readout, variants: int | None = None) -> None:
         self.bench, self.prompts, self.readout = bench, Prompts(bench, ids, readout), readout
-        self.variants = max(1, rows // self.prompts.tokens)
+        size = token_bytes(bench.checkpoint.arch) * self.prompts.tokens
+        self.variants = max(1, BATCH_BYTES // size) if variants is None else variants
 
     @torch.no_grad()
     def run(self) -> Run:

@@ -53,6 +53,9 @@ class Readout(Protocol):
     def positions(self) -> int:
         """How many of the last positions are read (K)."""
 
+    def needs(self, prompt: int) -> int:
+        """How many of them belong to this prompt: 1 … K (what stands before a shorter one is read and not looked at)."""
+
     def read(self, residual: torch.Tensor) -> torch.Tensor:
         """One number a prompt and variant, [V, n], from the residual stream [V, n, K, D]."""
 
@@ -132,9 +135,9 @@ class Prompts:
     def _shared(self, ids: Sequence[Sequence[int]]) -> int:
         """How many tokens all prompts begin with, those that are read left out; 0 where the model cannot start behind them."""
         low, high = min(map(list, ids)), max(map(list, ids))
-        shortest = min(map(len, ids)) - self.readout.positions
         shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-        shared = min(shared, shortest)
+        spare = min(len(own) - self.readout.needs(i) for i, own in enumerate(ids))
+        shared = min(shared, spare, max(map(len, ids)) - self.readout.positions)
         config = self.bench.module.config
         return shared if self.n > 1 and shared >= SHORTEST_PREFIX and shareable(config, max(map(len, ids))) else 0
 

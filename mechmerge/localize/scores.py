@@ -50,10 +50,63 @@ class AnchorRecord(Document):
     """Pass rate of the base's answers to held-out prompts (x⁺), 0 … 1; None without a verifier."""
     steering_steered: float | None = None
     """The same with the anchor vector added to the base's residual stream."""
+    stability: float | None = Field(default=None, ge=0, le=1)
+    """Share of resamples of the topics, in both halves, in which the anchor separates and its gap is above 0; None in older
+    files.
+    """
+    stability_cosine: float | None = Field(default=None, ge=-1.001, le=1.001)
+    """Mean cosine between the vector and those of resampled topics; noise alone has about .71. None in older files."""
+    stability_cosine_low: float | None = Field(default=None, ge=-1.001, le=1.001)
+    """The 5 % quantile of those cosines."""
     prompts: int
     """Prompts that made the vector."""
     held_out: int
     """Prompts that validity and recovery are measured on (others than those)."""
+
+    @property
+    def stability_text(self) -> str | None:
+        """The bootstrap's figures in words; None where it was not done."""
+        if self.stability is None or self.stability_cosine is None:
+            return None
+        return f"passes in {self.stability:.2f} of resamples, cosine {self.stability_cosine:.2f}"
+
+    @property
+    def measured_on(self) -> int:
+        """Prompts that scores are measured on."""
+        return self.held_out
+
+
+class LossRecord(Document):
+    """What a loss score file measures in place of an anchor's state: −loss of the expert's own answers, over all layers."""
+
+    base: float
+    """The base's negative log-likelihood of the answers, nats per token, mean over them."""
+    expert: float
+    """The expert's own."""
+    gap: float
+    """base − expert."""
+    gap_low: float
+    """Lower end of the gap's 95 % bootstrap interval over prompts."""
+    prompts: int
+    """Prompts asked."""
+    answers: int
+    """The expert's greedy answers that passed the verifier: what scores are measured on."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is not valid; empty when it is."""
+        low = self.gap_low
+        return () if low > 0 else (f"base − expert loss {self.gap:.2f} with lower end {low:.2f}, not above 0",)
+
+    @property
+    def valid(self) -> bool:
+        """Whether the expert lowers the loss."""
+        return not self.reasons
+
+    @property
+    def measured_on(self) -> int:
+        """Prompts that scores are measured on."""
+        return self.answers
 
 
 class ScoreMetadata(Document):
@@ -67,15 +120,22 @@ class ScoreMetadata(Document):
     behavior_digest: str
     chat_template: str
     """sha256 of the chat template that formatted the prompts, or `none`."""
-    anchor: AnchorRecord
+    anchor: AnchorRecord | None = None
+    """The anchor whose state scores are measured on; None where it is the loss."""
+    loss: LossRecord | None = None
+    """The loss that scores are measured on; None where it is an anchor."""
     scale: Literal["recovery", "difference"]
     """`recovery`: 0 is the base and 1 the expert. `difference`: raw change of the state, where the gap is not above 0."""
     state_base: float
+    """The base's readout, mean over prompts: s along the anchor, or −loss."""
     state_expert: float
+    """The expert's."""
     identity_control: float
     """Largest score of the base patched with itself; always 0."""
     dtype: str
     seed: int
+    integrate: int = 0
+    """Steps of the path from base to expert that the screen was averaged over; 0: at the base (localize/path.py)."""
     verified: dict[str, int]
     """Components of each kind that were really patched."""
     curves: SetCurves | None = None
@@ -87,6 +147,50 @@ class ScoreMetadata(Document):
     verification: dict[str, VerificationRecord] = Field(default_factory=dict)
     """How far the best components of a kind are known (localize/adaptive.py), by kind; only kinds verified by `auto`."""
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ScoreMetadata:
+        if (self.anchor is None) == (self.loss is None):
+            raise ValueError("exactly one of anchor and loss must be given")
+        return self
+
+    @property
+    def source(self) -> Literal["anchor", "loss"]:
+        """What scores are measured on."""
+        return "anchor" if self.anchor is not None else "loss"
+
+    @property
+    def label(self) -> str:
+        """The behaviour, and the source where it is not an anchor."""
+        return self.behavior if self.loss is None else f"{self.behavior} by loss"
+
+    @property
+    def where(self) -> str:
+        """What scores are measured on, in words."""
+        return "the loss of its own answers" if self.anchor is None else f"anchor after layer {self.anchor.layer}"
+
+    @property
+    def below(self) -> int | None:
+        """Layers whose components can have a score; None for all of them."""
+        return None if self.anchor is None else self.anchor.layer
+
+    @property
+    def record(self) -> AnchorRecord | LossRecord:
+        """The figures of what scores are measured on."""
+        found = self.anchor if self.anchor is not None else self.loss
+        if found is None:
+            raise ValueError("exactly one of anchor and loss must be given")
+        return found
+
+    @property
+    def valid(self) -> bool:
+        """Whether the scores mean what they are taken for: a valid anchor, or a loss that the expert lowers."""
+        return self.record.valid
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why they do not; empty where they do."""
+        return () if self.valid else self.record.reasons or ("no reason stored",)
 
     @model_validator(mode="after")
     def _roles_of_recoveries(self) -> ScoreMetadata:
@@ -120,7 +224,13 @@ class ScoreFile:
         summary = self.metadata.roles
         if summary is None or kind not in summary.counts:
             return None
-        return roles_of(self.arrays, kind, self.metadata.anchor.layer, summary.thresholds)
+        return roles_of(self.arrays, kind, self.depth, summary.thresholds)
+
+    @property
+    def depth(self) -> int:
+        """Layers whose components can have a score."""
+        below = self.metadata.below
+        return len(next(iter(self.arrays.values()))) if below is None else below
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, after checking its tensors."""

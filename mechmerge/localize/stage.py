@@ -1,4 +1,4 @@
-"""The localize stage: anchors, screening and weight patching of one expert for any number of behaviours.
+"""The localize stage: what carries each behaviour of one expert, measured on an anchor, on the loss of its answers, or both.
 
 Work is divided into units that are written when they are done (a behaviour's states, its anchor, its screening, the
 patches of each layer, each point of its set curves), so an interrupted call goes on where it stopped and ends with the
@@ -8,76 +8,42 @@ same file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from mechmerge.artifacts import Document, Units, digest, read_arrays, write_arrays
-from mechmerge.behaviors.chat import chat_template_of, render, template_digest
+from mechmerge.artifacts import Units, digest
+from mechmerge.behaviors.chat import chat_template_of, template_digest
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier
 from mechmerge.errors import InputError, LocalizeError, PairError
-from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
-from mechmerge.localize.asked import ask
-from mechmerge.localize.bench import Batch, Bench, Trace, layer_source
-from mechmerge.localize.curve_bench import CurveBench, discard_expert
+from mechmerge.localize.adaptive import VerificationRecord
+from mechmerge.localize.anchor import halves, mean_low
+from mechmerge.localize.anchoring import AnchorFinder, topics_of
+from mechmerge.localize.asked import Asked, ask
+from mechmerge.localize.bench import Bench
+from mechmerge.localize.curve_bench import CurveBench
 from mechmerge.localize.curve_record import SetCurves
-from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.localize.curves import fresh_prompts, measure_curves
-from mechmerge.localize.measure import Anchor, best_units, identity_control, patch_layer, screen
-from mechmerge.localize.scores import AnchorRecord, ScoreFile, ScoreMetadata
-from mechmerge.localize.steering import Steering
-from mechmerge.models.components import SCORED_KINDS, Component, parse_component
+from mechmerge.localize.measure import Anchor
+from mechmerge.localize.outputs import Agreement, AnswerLoss, Answers, ask_expert, discard_answers
+from mechmerge.localize.patching import Patcher
+from mechmerge.localize.plan_steps import plan_localize
+from mechmerge.localize.roles import summarize
+from mechmerge.localize.scores import LossRecord, ScoreFile, ScoreMetadata
+from mechmerge.localize.scoring import MODULE_KINDS, Controls, Scorer, Subject, score_arrays
+from mechmerge.localize.settings import MEASURES, NAMED, LocalizeSettings, Measure, score_file
+from mechmerge.localize.stream import open_bench
+from mechmerge.models.components import SCORED_KINDS, Component
 from mechmerge.models.deltas import delta_norms
-from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
+from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model
-from mechmerge.progress import SILENT, Progress, track
+from mechmerge.progress import SILENT, Progress
 from mechmerge.versions import versions
 
 Array = np.ndarray
-MODULE_KINDS = ("attention", "mlp", "layer")
-_CURVES = ("curves", "curve_seeds", "curve_output_shares", "curve_pass_prompts")
-"""Settings that name their own units, so that changing them keeps everything else."""
-
-
-class LocalizeSettings(Document):
-    """Settings of the localize stage."""
-
-    anchor_layer: int | None = Field(default=None, ge=1)
-    """The anchor's layer; chosen by validity when None."""
-    verify: int = Field(default=16, ge=0)
-    """Best heads, KV groups and neurons (each) by screening that are really patched; modules and layers always are."""
-    prompts: int = Field(default=12, ge=2)
-    """Topics in each half: those that make the anchor, and those that validity and scores are measured on."""
-    steering_prompts: int = Field(default=8, ge=0)
-    """Held-out prompts answered in the steering check; 0 leaves it out."""
-    curves: bool = True
-    """Whether set curves are measured beside their controls."""
-    curve_seeds: int = Field(default=3, ge=2)
-    """Random orders that the score order is compared with; two at least, since their spread is part of the verdict."""
-    curve_output_shares: Shares = OUTPUT_SHARES
-    """Shares (of .01, .02, .05, .1, .2, .5, 1) at which the curves' sets are compared on the output."""
-    curve_pass_prompts: int = Field(default=8, ge=0)
-    """Prompts of the curves that patched models answer for pass rates; 0 leaves them out (they take most of the time)."""
-    on_invalid: Literal["refuse", "report"] = "refuse"
-    """What happens when an anchor fails its validity check: an error, or a file that says so."""
-    batch: int = Field(default=4, ge=1)
-    """Prompts a forward pass with gradients."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    vocabulary: VocabularyRule = "same"
-    positions: PositionRule = "same"
-
-
-class _Unit(Document):
-    """Metadata of a vector file beside the scores."""
-
-    anchor: AnchorRecord
 
 
 def localize(
@@ -88,7 +54,8 @@ def localize(
     settings: LocalizeSettings | None = None,
     progress: Progress = SILENT,
 ) -> list[Path]:
-    """Localizes behaviours in an expert: writes `out/BEHAVIOR.safetensors` and `out/anchors/BEHAVIOR.safetensors` for each.
+    """Localizes behaviours in an expert: writes `out/BEHAVIOR.safetensors` (scores on the anchor) and `out/anchors/…`, or
+    `out/BEHAVIOR.loss.safetensors` (scores on the loss), or both, for each.
 
     Args:
         base: the base model.
@@ -99,7 +66,7 @@ def localize(
         progress: told of every unit.
 
     Returns:
-        The score files, in the order of the behaviours.
+        The score files, in the order of the behaviours, each behaviour's in the order of the sources.
 
     Raises:
         PairError: the models cannot be compared, or have equal weights.
@@ -109,6 +76,8 @@ def localize(
     names = [behavior.name for behavior in behaviors]
     if not names or len(set(names)) < len(names):
         raise InputError("behaviours", expected="at least one, each name once", found=", ".join(names) or "none")
+    if not settings.sources or len(set(settings.sources)) < len(settings.sources):
+        raise InputError("sources", expected="anchor, loss or both", found=", ".join(settings.sources) or "none")
     for behavior in behaviors:
         if behavior.verifier is not None:
             check_verifier(behavior.verifier)
@@ -135,245 +104,50 @@ class _Localizer:
     def __init__(self, base: Model, expert: Model, out: Path, settings: LocalizeSettings, progress: Progress) -> None:
         self.base, self.expert, self.out, self.settings, self.progress = base, expert, out, settings, progress
         self._bench: Bench | None = None
+        self.behaviors: list[Behavior] = []
         self.checkpoint = expert.checkpoint()
         self.arch = base.checkpoint().arch
+        self.facts: dict[str, Array] = {}
 
-    @property
     def bench(self) -> Bench:
+        """The base, loaded once."""
         if self._bench is None:
-            self._bench = Bench(self.base, self.settings.dtype, self.settings.device)
+            plan = plan_localize(self.base.checkpoint(), self.behaviors, self.settings)
+            self._bench = open_bench(self.base, self.settings.dtype, self.settings.device, plan)
         return self._bench
 
     def units(self, behavior: Behavior) -> Units:
-        fixed = self.settings.model_dump(mode="json", exclude={"on_invalid", "verify", *_CURVES})
+        """Where the units of a behaviour are kept."""
         inputs = {
             "base": self.base.id.shards,
             "expert": self.expert.id.shards,
             "sides": self.base.sides,
             "behavior": behavior.digest,
-            "settings": fixed,
+            "settings": self.settings.model_dump(mode="json", exclude=set(NAMED)),
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
         return Units(self.out / ".units", inputs)
 
     def run(self, given: Sequence[Behavior]) -> list[Path]:
-        behaviors = [_first_topics(behavior, 2 * self.settings.prompts) for behavior in given]
-        self.digests = {behavior.name: behavior.digest for behavior in given}
-        self._states(behaviors)
-        norms = self._norms(behaviors[0])
+        """The score files of all behaviours."""
+        self.behaviors = behaviors = used(given, self.settings)
+        finder = AnchorFinder(self.base, self.checkpoint, self.bench, self.units, self.settings, self.progress)
+        if "anchor" in self.settings.sources:
+            finder.prepare(behaviors)
+        norms = self.units(behaviors[0]).arrays("norms", lambda: delta_norms(self.base.checkpoint(), self.checkpoint))
+        self.facts = self._facts(norms)
         paths = []
         for behavior, whole in zip(behaviors, given, strict=True):
-            path = self.out / f"{behavior.name}.safetensors"
-            file, anchor = self._one(behavior, norms)
-            if self.settings.curves:
-                curves = self._curves(behavior, whole, file, anchor)
-                file = ScoreFile(file.metadata.model_copy(update={"curves": curves}), file.arrays)
-            file.write(path)
-            paths.append(path)
+            for source in self.settings.sources:
+                one = _Localization(self, behavior, whole)
+                file = one.by_anchor(finder) if source == "anchor" else one.by_loss()
+                path = self.out / score_file(behavior.name, source)
+                file.write(path)
+                paths.append(path)
         for behavior in behaviors:
             self.units(behavior).discard()
         return paths
-
-    # ------------------------------------------------------------------------------------------------------------- prompts
-    def _rendered(self, behavior: Behavior) -> tuple[list[str], list[str], str | None]:
-        template = chat_template_of(self.bench.tokenizer, behavior.chat_template)
-        positive = [render(self.bench.tokenizer, pair.with_, template) for pair in behavior.pairs]
-        negative = [render(self.bench.tokenizer, pair.without, template) for pair in behavior.pairs]
-        return positive, negative, template
-
-    def _batches(self, texts: Sequence[str], template: str | None) -> list[Batch]:
-        size = self.settings.batch
-        return [self.bench.encode(texts[i : i + size], special_tokens=template is None) for i in range(0, len(texts), size)]
-
-    def _split(self, behavior: Behavior) -> tuple[list[int], list[int]]:
-        made, held_out = halves(_topics(behavior))
-        if min(len(made), len(held_out)) < 2:
-            raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
-        return made, held_out
-
-    # -------------------------------------------------------------------------------------------------------------- states
-    def _states(self, behaviors: Sequence[Behavior]) -> None:
-        missing = [b for b in behaviors if not (self.units(b).folder / "states.safetensors").exists()]
-        if not missing:
-            return
-        found: dict[str, dict[str, Array]] = {b.name: {} for b in missing}
-        texts = {b.name: self._rendered(b) for b in missing}
-        for behavior in track(missing, "states of the base", len(missing), self.progress):
-            positive, _, template = texts[behavior.name]
-            found[behavior.name]["base_with"] = self._last(positive, template)
-        self.bench.load(self.checkpoint)
-        for behavior in track(missing, "states of the expert", len(missing), self.progress):
-            positive, negative, template = texts[behavior.name]
-            found[behavior.name]["expert_with"] = self._last(positive, template)
-            found[behavior.name]["expert_without"] = self._last(negative, template)
-        self.bench.load(self.base.checkpoint())
-        for behavior in missing:
-            self.units(behavior).arrays("states", lambda name=behavior.name: found[name])  # type: ignore[misc]
-
-    def _last(self, texts: Sequence[str], template: str | None) -> Array:
-        """Residual stream at the last token of every prompt, [L + 1, n, D]."""
-        rows = []
-        for trace in self.bench.traces(self._batches(texts, template), self.arch.layers):
-            rows.append(torch.stack([x[:, -1].float() for x in trace.residual]).cpu().numpy())
-        return np.concatenate(rows, axis=1)
-
-    def _norms(self, behavior: Behavior) -> dict[str, Array]:
-        return self.units(behavior).arrays("norms", lambda: delta_norms(self.base.checkpoint(), self.checkpoint))
-
-    # -------------------------------------------------------------------------------------------------------- one behaviour
-    def _one(self, behavior: Behavior, norms: dict[str, Array]) -> tuple[ScoreFile, Anchor]:
-        units, settings = self.units(behavior), self.settings
-        made, held_out = self._split(behavior)
-        states = States(**units.arrays("states", dict))
-        record, vector = self._anchor(behavior, states, made, held_out)
-        if not record.valid:
-            message = f"behaviour {behavior.name}: the anchor at layer {record.layer} is not valid: {'; '.join(record.reasons)}"
-            if settings.on_invalid == "refuse":
-                raise LocalizeError(message, fix="use --invalid-anchor report to measure all the same")
-            self.progress.note(f"note: {message}")
-        anchors = self.out / "anchors" / f"{behavior.name}.safetensors"
-        write_arrays(anchors, {"vector": vector}, _Unit(anchor=record))
-        positive, _, template = self._rendered(behavior)
-        anchor = Anchor(record.layer, torch.from_numpy(vector).to(settings.device))
-        texts = [positive[i] for i in held_out]
-        source = layer_source(self.checkpoint)
-
-        scale = record.gap if record.gap_low > 0 else 1.0
-        self.progress.start(f"{behavior.name}: screening and patching below layer {record.layer}", record.layer + 1)
-        screened = units.arrays("screen", lambda: screen(self.bench, self._batches(texts, template), anchor, source))
-        self.progress.advance()
-        means = {kind: values.mean(0) for kind, values in screened.items()}
-        chosen = [Component(layer, kind) for layer in range(record.layer) for kind in MODULE_KINDS]
-        chosen += best_units(means, record.layer, settings.verify)
-
-        @cache
-        def trace() -> Trace:
-            return self.bench.trace(self.bench.encode(texts, special_tokens=template is None), record.layer)
-
-        patched: dict[str, Array] = {}
-        for layer in range(record.layer):
-            here = [c for c in chosen if c.layer == layer]
-
-            def patch(components: list[Component] = here) -> dict[str, Array]:
-                return patch_layer(self.bench, trace(), anchor, components, source)
-
-            patched |= units.arrays(f"patch-{settings.verify}-{layer}", patch)
-            self.progress.advance()
-        self.progress.end()
-
-        def control() -> dict[str, Array]:
-            state = anchor.state(trace().residual[-1]).double().cpu().numpy()
-            return {"state": state, "identity": np.array([identity_control(self.bench, trace(), anchor)])}
-
-        controlled = units.arrays("control", control)
-        if controlled["identity"][0] != 0:
-            raise LocalizeError(
-                f"behaviour {behavior.name}",
-                expected="0 for the base patched with itself",
-                found=str(controlled["identity"][0]),
-            )
-        arrays = self._arrays(screened, patched, controlled["state"], scale, record.layer) | self._facts(norms)
-        if not all(np.isfinite(a[: record.layer]).all() for n, a in arrays.items() if n.endswith(".screen")):
-            raise LocalizeError(f"behaviour {behavior.name}", expected="finite scores", found="NaN", fix="try --dtype float32")
-        unit_vector = states.expert_with[record.layer, held_out] @ vector
-        metadata = ScoreMetadata(
-            base=self.base.id,
-            expert=self.expert.id,
-            behavior=behavior.name,
-            behavior_digest=self.digests[behavior.name],
-            chat_template=template_digest(template),
-            anchor=record,
-            scale="recovery" if record.gap_low > 0 else "difference",
-            state_base=float(controlled["state"].mean()),
-            state_expert=float(unit_vector.mean()),
-            identity_control=float(controlled["identity"][0]),
-            dtype=settings.dtype,
-            seed=settings.seed,
-            verified={kind: sum(c.kind == kind for c in chosen) for kind in SCORED_KINDS},
-            versions=versions(),
-        )
-        return ScoreFile(metadata, arrays), anchor
-
-    def _curves(self, behavior: Behavior, whole: Behavior, file: ScoreFile, anchor: Anchor) -> SetCurves:
-        """The set curves of one score file; `whole` is the behaviour with all its pairs."""
-        settings, units = self.settings, self.units(behavior)
-        key = f"curve-{settings.verify}"
-
-        def measure() -> dict[str, Any]:
-            fresh = fresh_prompts(_topics(whole), 2 * settings.prompts, settings.prompts)
-            pairs = [whole.pairs[i] for i in fresh] or [behavior.pairs[i] for i in self._split(behavior)[1]]
-            asked = ask(self.bench, behavior, pairs)
-            base, answered = self.base.checkpoint(), settings.curve_pass_prompts
-            bench = CurveBench(self.bench, base, self.checkpoint, anchor, asked, answered, units, key)
-            seeds = range(settings.seed, settings.seed + settings.curve_seeds)
-            shares = settings.curve_output_shares
-            curves = measure_curves(bench, file, seeds, shares, bool(fresh), settings.seed, self.progress)
-            return curves.model_dump(mode="json")
-
-        told = digest([settings.curve_seeds, settings.curve_output_shares, settings.curve_pass_prompts])
-        curves = SetCurves.model_validate(units.json(f"{key}-all-{told[:12]}", measure))
-        discard_expert(units)
-        if not curves.above_controls:
-            self.progress.note(f"note: behaviour {behavior.name}: {curves.verdict}")
-        return curves
-
-    def _anchor(self, behavior: Behavior, states: States, made: list[int], held_out: list[int]) -> tuple[AnchorRecord, Array]:
-        units = self.units(behavior)
-        layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
-
-        def compute() -> dict[str, Any]:
-            steer = self._steering(behavior, held_out)
-            v = direction(states, layer, made)
-            rates = (
-                None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
-            )
-            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed)
-            write_arrays(units.folder / "anchor-file.safetensors", {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
-            return record.model_dump(mode="json")
-
-        record = AnchorRecord.model_validate(units.json("anchor", compute))
-        vector = read_arrays(units.folder / "anchor-file.safetensors", _Unit)[0]["vector"]
-        return record, vector
-
-    def _choose(self, behavior: Behavior, states: States, made: list[int]) -> int:
-        """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own
-        prompts.
-        """
-        candidates = best_layers(states, made)
-        steer = self._steering(behavior, made)
-        if steer is None:
-            return candidates[-1]
-        rates = [steer.best_rate(layer, direction(states, layer, made), STEERING_STRENGTHS[-1:]) for layer in candidates]
-        return max(zip(rates, candidates, strict=True))[1]
-
-    def _steering(self, behavior: Behavior, prompts: list[int]) -> Steering | None:
-        """The steering check on the first of the given prompts, or None where nothing judges answers."""
-        count = self.settings.steering_prompts
-        if behavior.verifier is None or count == 0:
-            return None
-        asked = ask(self.bench, behavior, [behavior.pairs[i] for i in prompts[:count]])
-        return Steering(self.bench, asked, self.progress)
-
-    # -------------------------------------------------------------------------------------------------------------- arrays
-    def _arrays(
-        self, screened: dict[str, Array], patched: dict[str, Array], start: Array, scale: float, anchor_layer: int
-    ) -> dict[str, Array]:
-        arrays: dict[str, Array] = {}
-        n = len(start)
-        for kind, values in screened.items():
-            arrays[f"{kind}.screen"] = values.mean(0) / scale
-            arrays[f"{kind}.screen.stderr"] = values.std(0, ddof=1) / np.sqrt(n) / abs(scale)
-            mean = np.full(values.shape[1:], np.nan)
-            mean[anchor_layer:] = 0.0
-            arrays[f"{kind}.sufficiency"], arrays[f"{kind}.sufficiency.stderr"] = mean, mean.copy()
-        for name, states in patched.items():
-            component = parse_component(name)
-            change = (states - start) / scale
-            place = (component.layer, component.unit)
-            arrays[f"{component.kind}.sufficiency"][place] = change.mean()
-            arrays[f"{component.kind}.sufficiency.stderr"][place] = change.std(ddof=1) / np.sqrt(n)
-        return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def _facts(self, norms: dict[str, Array]) -> dict[str, Array]:
         base = self.base.checkpoint()
@@ -385,13 +159,232 @@ class _Localizer:
         return facts
 
 
-def _topics(behavior: Behavior) -> list[str]:
-    return [pair.topic or str(i) for i, pair in enumerate(behavior.pairs)]
+class _Localization:
+    """One behaviour of one expert."""
+
+    def __init__(self, stage: _Localizer, behavior: Behavior, whole: Behavior) -> None:
+        self.stage, self.behavior, self.whole = stage, behavior, whole
+        self.settings, self.progress, self.units = stage.settings, stage.progress, stage.units(behavior)
+        self.base, self.expert = stage.base.checkpoint(), stage.checkpoint
+        self.name = f"behaviour {behavior.name}"
+        _, self.held_out = halves(topics_of(behavior))
+
+    # ------------------------------------------------------------------------------------------------------------- anchor
+    def by_anchor(self, finder: AnchorFinder) -> ScoreFile:
+        """Scores on the behaviour's anchor.
+
+        Raises:
+            LocalizeError: the anchor is not valid, and such are refused.
+        """
+        record, vector = finder.find(self.behavior)
+        if not record.valid:
+            message = f"{self.name}: the anchor at layer {record.layer} is not valid: {'; '.join(record.reasons)}"
+            if self.settings.on_invalid == "refuse":
+                raise LocalizeError(message, fix="use --invalid-anchor report to measure all the same")
+            self.progress.note(f"note: {message}")
+        finder.write(self.stage.out / "anchors" / f"{self.behavior.name}.safetensors", record, vector)
+        anchor = Anchor(record.layer, torch.from_numpy(vector).to(self.settings.device))
+
+        def subject() -> Subject:
+            asked = self._asked(self.held_out)
+            return Subject(asked.prompts(self.stage.bench()), list(asked.topics), anchor, lambda _: anchor)
+
+        scale = record.gap if record.gap_low > 0 else 1.0
+        scorer = self._scorer(subject, record.layer, "anchor")
+        arrays, controls, told = self._scores(scorer, scale)
+        arrays |= self._outputs(record.layer)
+        told |= {"anchor": record, "scale": "recovery" if record.gap_low > 0 else "difference"}
+        file = self._file(arrays, controls, told)
+        return self._with_curves(file, "curve", lambda bench, asked, answers: (asked.prompts(bench), anchor))
+
+    def _outputs(self, below: int) -> dict[str, Array]:
+        """What modules at and after the anchor do to the output: the share of the base's divergence that each takes away."""
+        if self.settings.output_prompts == 0:
+            return {}
+        rows = self.held_out[: self.settings.output_prompts]
+
+        def compute() -> dict[str, Array]:
+            bench = self.stage.bench()
+            answers = ask_expert(bench, self.base, self.expert, self._asked(rows), self.units, "output")
+            patcher = Patcher(bench, answers.texts, Agreement(bench, answers))
+            run = patcher.run()
+            tried = [Component(layer, kind) for layer in range(below, self.base.arch.layers) for kind in MODULE_KINDS]
+            return {"base": run.state, **patcher.patch(run, tried, self.expert.tensor)}
+
+        found = self.units.arrays(f"output-{below}-{digest(rows)[:12]}", compute)
+        discard_answers(self.units, "output")
+        divergence = -found.pop("base")
+        arrays: dict[str, Array] = {}
+        for kind in MODULE_KINDS:
+            arrays[f"{kind}.output"], arrays[f"{kind}.output.stderr"] = (
+                np.full((self.base.arch.layers, 1), np.nan, np.float32) for _ in range(2)
+            )
+            for layer in range(below, self.base.arch.layers):
+                change = found[str(Component(layer, kind))] / divergence.mean()
+                arrays[f"{kind}.output"][layer] = change.mean()
+                arrays[f"{kind}.output.stderr"][layer] = change.std(ddof=1) / np.sqrt(len(change))
+        return arrays
+
+    # --------------------------------------------------------------------------------------------------------------- loss
+    def by_loss(self) -> ScoreFile:
+        """Scores on the loss of the expert's own answers that pass its verifier.
+
+        Raises:
+            LocalizeError: fewer than two answers pass.
+        """
+        kept = self.units.json("loss-kept", self._passing)
+        if len(kept) < 2:
+            raise LocalizeError(
+                self.name,
+                expected="at least 2 answers of the expert that pass",
+                found=f"{len(kept)} of {len(self.held_out)}",
+                fix="use more prompts, or leave the loss out",
+            )
+
+        def subject() -> Subject:
+            bench = self.stage.bench()
+            answers = self._answers().some(kept)
+            topics = [self._asked(self.held_out).topics[i] for i in kept]
+            return Subject(
+                answers.texts, topics, AnswerLoss(bench, answers), lambda rows: AnswerLoss(bench, answers.some(list(rows)))
+            )
+
+        layers = self.base.arch.layers
+        scorer = self._scorer(subject, layers, "loss")
+        controls = scorer.controls()
+        gaps = controls.expert - controls.base
+        low = mean_low(gaps, self.settings.seed)
+        record = LossRecord(
+            base=-float(controls.base.mean()),
+            expert=-float(controls.expert.mean()),
+            gap=float(gaps.mean()),
+            gap_low=low,
+            prompts=len(self.held_out),
+            answers=len(kept),
+        )
+        arrays, _, told = self._scores(scorer, record.gap if low > 0 else 1.0)
+        told |= {"loss": record, "scale": "recovery" if low > 0 else "difference"}
+        file = self._with_curves(self._file(arrays, controls, told), "loss-curve", self._loss_of)
+        discard_answers(self.units, "held")
+        return file
+
+    @staticmethod
+    def _loss_of(bench: Bench, _asked: Asked, answers: Answers) -> tuple[list[list[int]], AnswerLoss]:
+        return answers.texts, AnswerLoss(bench, answers)
+
+    def _answers(self) -> Answers:
+        return ask_expert(self.stage.bench(), self.base, self.expert, self._asked(self.held_out), self.units, "held")
+
+    def _passing(self) -> list[int]:
+        answers = self._answers()
+        return [i for i in range(len(answers.answers)) if not answers.passed or answers.passed[i]]
+
+    # -------------------------------------------------------------------------------------------------------------- scores
+    def _asked(self, rows: Sequence[int]) -> Asked:
+        return ask(self.stage.bench(), self.behavior, [self.behavior.pairs[i] for i in rows])
+
+    def _scorer(self, subject: Any, below: int, key: str) -> Scorer:
+        key = f"{key}-{below}"
+        return Scorer(self.stage.bench, self.base, self.expert, subject, below, self.units, key, self.name, self.progress)
+
+    def _scores(self, scorer: Scorer, scale: float) -> tuple[dict[str, Array], Controls, dict[str, Any]]:
+        """The tensors, the controls, and what the file's document says of how they were chosen."""
+        settings, below, others = self.settings, scorer.below, [m for m in MEASURES[1:] if m in self.settings.measures]
+        passes = below * (1 + len(others)) + 2
+        self.progress.start(f"{self.behavior.name}: screening and patching below layer {below}", passes)
+        try:
+            controls = scorer.controls()
+            self.progress.advance()
+            screened = scorer.screened(settings.batch, settings.integrate)
+            self.progress.advance()
+            means = {kind: values.mean(0) for kind, values in screened.items()}
+            verification: dict[str, VerificationRecord] = {}
+            if settings.verify == "auto":
+                chosen, verification = scorer.settled(means, scale, settings.top, settings.confidence, settings.seed)
+            else:
+                chosen = scorer.best(means, settings.verify)
+            measured: dict[Measure, dict[str, Array]] = {"sufficiency": {}}
+            wanted = [*scorer.modules(), *chosen]
+            if "activation" in others:
+                measured["activation"] = scorer.patched("activation", scorer.modules())
+                routers = scorer.routers(measured["activation"]) if settings.verify else []
+                measured["activation"] |= scorer.patched("activation", {*chosen, *routers})
+                wanted += routers
+            measured["sufficiency"] = scorer.patched("sufficiency", wanted)
+            if "necessity" in others:
+                measured["necessity"] = scorer.patched("necessity", wanted)
+        finally:
+            self.progress.end()
+        arrays = score_arrays(screened, measured, scale, below) | self.stage.facts
+        verified = {kind: sum(c.kind == kind for c in set(wanted)) for kind in SCORED_KINDS}
+        return arrays, controls, {"verified": verified, "verification": verification}
+
+    def _file(self, arrays: dict[str, Array], controls: Controls, told: dict[str, Any]) -> ScoreFile:
+        stage = self.stage
+        anchored = told.get("anchor")
+        thirds = None
+        if "activation" in self.settings.measures:
+            below = anchored.layer if anchored is not None else self.base.arch.layers
+            thirds = summarize(arrays, below, told["scale"], self.settings.roles)
+        metadata = ScoreMetadata(
+            base=stage.base.id,
+            expert=stage.expert.id,
+            behavior=self.behavior.name,
+            behavior_digest=self.whole.digest,
+            chat_template=self.units.json("template", self._template),
+            state_base=float(controls.base.mean()),
+            state_expert=float(controls.expert.mean()),
+            identity_control=controls.identity,
+            dtype=self.settings.dtype,
+            seed=self.settings.seed,
+            integrate=self.settings.integrate,
+            roles=thirds,
+            versions=versions(),
+            **told,
+        )
+        return ScoreFile(metadata, arrays)
+
+    def _template(self) -> str:
+        return template_digest(chat_template_of(self.stage.bench().tokenizer, self.behavior.chat_template))
+
+    # -------------------------------------------------------------------------------------------------------------- curves
+    def _with_curves(self, file: ScoreFile, key: str, readout: Any) -> ScoreFile:
+        """The file with its set curves, measured on prompts that the scores have not seen, where there are enough."""
+        settings = self.settings
+        if not settings.curves:
+            return file
+        told = digest([settings.curve_seeds, settings.curve_output_shares, settings.curve_pass_prompts])
+        scored = digest({kind: file.score(kind).tobytes().hex() for kind in SCORED_KINDS})[:12]
+
+        def measure() -> dict[str, Any]:
+            bench = self.stage.bench()
+            fresh = fresh_prompts(topics_of(self.whole), 2 * settings.prompts, settings.prompts)
+            pairs = [self.whole.pairs[i] for i in fresh] or [self.behavior.pairs[i] for i in self.held_out]
+            asked = ask(bench, self.behavior, pairs)
+            curve_bench = CurveBench(
+                bench, self.base, self.expert, readout, asked, settings.curve_pass_prompts, self.units, f"{key}-{scored}"
+            )
+            seeds = range(settings.seed, settings.seed + settings.curve_seeds)
+            shares = settings.curve_output_shares
+            curves = measure_curves(curve_bench, file, seeds, shares, bool(fresh), settings.seed, self.progress)
+            return curves.model_dump(mode="json")
+
+        curves = SetCurves.model_validate(self.units.json(f"{key}-{scored}-all-{told[:12]}", measure))
+        if self.settings.sources[-1] == file.metadata.source:
+            discard_answers(self.units, "curve")
+        if not curves.above_controls:
+            self.progress.note(f"note: behaviour {file.metadata.label}: {curves.verdict}")
+        return ScoreFile(file.metadata.model_copy(update={"curves": curves}), file.arrays)
+
+
+def used(behaviors: Sequence[Behavior], settings: LocalizeSettings) -> list[Behavior]:
+    """The behaviours with the pairs that are used."""
+    return [_first_topics(behavior, 2 * settings.prompts) for behavior in behaviors]
 
 
 def _first_topics(behavior: Behavior, count: int) -> Behavior:
     """The behaviour with the pairs of its first `count` topics."""
-    topics = _topics(behavior)
+    topics = topics_of(behavior)
     kept = set(list(dict.fromkeys(topics))[:count])
     pairs = tuple(pair for pair, topic in zip(behavior.pairs, topics, strict=True) if topic in kept)
     return behavior.model_copy(update={"pairs": pairs})

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from mechmerge.localize.bench import Arguments, Batch, Bench, Place, Trace
+from mechmerge.localize.plan import KEPT, Plan
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import empty_model
 from mechmerge.models.references import Model
 
 TOP = -1
 """Number of what stands above the layers: final norm and language head."""
-KEPT_BYTES = 512_000_000
-"""Layer inputs kept in memory by default, in bytes; more go to a temporary file."""
 Source = Callable[[str], torch.Tensor]
 
 
@@ -48,7 +47,7 @@ class StreamedBench(Bench):
 
     open = staticmethod(empty_model)
 
-    def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu", kept: int = KEPT_BYTES) -> None:
+    def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu", kept: int = KEPT) -> None:
         super().__init__(model, dtype, device)
         self.kept = kept
         self.most = 0
@@ -56,6 +55,8 @@ class StreamedBench(Bench):
         self._read: Source = self.checkpoint.tensor
         self._replacements: dict[str, list[tuple[Place, Source]]] = {}
         self._resident: dict[int, list[str]] = {}
+        self._spare: dict[str, torch.Tensor] = {}
+        """Memory of the layer dropped last, by name within the layer: new memory would cost as much time as reading."""
         self._filled: dict[str, torch.Tensor] = {}
         """Which rows of an embedding are there."""
         self._passed = self._stepping = False
@@ -67,6 +68,7 @@ class StreamedBench(Bench):
 
         self._names = {i: under(f"{family.layers}.{i}") for i in range(len(self.layers))}
         head = family.embed[0] if self.checkpoint.arch.tied else family.head
+        self._layer_of = {name: i for i, own in self._names.items() for name in own}
         self._names[TOP] = under(family.final_norm, head)
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._before_layer, i))
@@ -97,13 +99,20 @@ class StreamedBench(Bench):
             self._drop(other)
         self._resident[number] = self._names[number]
         self.most = max(self.most, len(self._resident))
+        if number == TOP:
+            self._spare.clear()
         for name in self._names[number]:
             self._filled.pop(name, None)
-            self.parameters[name].data = self._value(name)
+            self.parameters[name].data = self._value(name, self._spare.pop(self._within(number, name), None))
 
     def _drop(self, number: int) -> None:
         for name in self._resident.pop(number):
+            if number != TOP:
+                self._spare[self._within(number, name)] = self.parameters[name].data
             self.parameters[name].data = self._empty[name]
+
+    def _within(self, number: int, name: str) -> str:
+        return name.removeprefix(f"{self.checkpoint.arch.family.layers}.{number}.")
 
     @torch.no_grad()
     def _before_embedding(self, name: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -120,10 +129,12 @@ class StreamedBench(Bench):
             parameter.data[rows] = value[rows.to(value.device)].to(parameter.device, parameter.dtype)
             self._filled[name][rows] = True
 
-    def _value(self, name: str) -> torch.Tensor:
-        """A parameter's value, made anew."""
-        value = torch.empty(self._empty[name].shape, dtype=self._empty[name].dtype, device=self.device)
-        value.copy_(self._read(name))
+    def _value(self, name: str, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """A parameter's value, read anew, in the given memory if it fits."""
+        empty = self._empty[name]
+        if memory is None or memory.shape != empty.shape:
+            memory = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
+        value = memory.copy_(self._read(name))
         for place, source in self._replacements.get(name, ()):
             place.put(value, place.get(source(name)))
         return value
@@ -145,9 +156,10 @@ class StreamedBench(Bench):
 
     @torch.no_grad()
     def weight(self, name: str) -> torch.Tensor:
-        if any(name in names for names in self._resident.values()):
-            return self.parameters[name].detach()
-        return self._value(name)
+        if name not in self._layer_of:
+            return self._value(name)
+        self._fetch(self._layer_of[name])  # whoever asks for one tensor of a layer asks for others, or runs it
+        return self.parameters[name].detach()
 
     @contextlib.contextmanager
     def _replaced(self, places: Sequence[tuple[str, Place]], source: Source) -> Iterator[None]:
@@ -212,7 +224,7 @@ class StreamedBench(Bench):
         gradients = []
         for i, trace in enumerate(traces):
             turn(i)
-            x = trace.residual[-1].requires_grad_(True)
+            x = trace.residual[-1].detach().requires_grad_(True)
             gradients.append(_gradient(scalar(i, x).sum(), x, None))
         self._stepping = True
         try:
@@ -228,6 +240,11 @@ class StreamedBench(Bench):
             x, _ = self._entry(batch, stop)
             if x.requires_grad:  # a hook on the embeddings started a graph
                 x.backward(gradients[i])
+
+
+def open_bench(model: Model, dtype: str, device: str, plan: Plan) -> Bench:
+    """A bench that keeps within a plan's memory."""
+    return StreamedBench(model, dtype, device, plan.kept) if plan.streamed else Bench(model, dtype, device)
 
 
 def _gradient(y: torch.Tensor, x: torch.Tensor, above: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 
@@ -175,13 +176,11 @@ def _out_of_reach(where: str, found: str) -> MissingError:
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """Without the client's own warnings about requests that fail: what became of them is said once, by us."""
-    import logging as levels
+    from huggingface_hub.utils import logging as hub_logging
 
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(levels.ERROR)
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hub_logging.set_verbosity(before)

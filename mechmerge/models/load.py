@@ -70,7 +70,7 @@ def empty_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> An
     from torch.nn.modules.module import register_module_parameter_registration_hook
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> Any:
         # A parameter is registered before anything is written into it, so its memory was never touched. One that is registered
         # again is being tied, and stays the same object.
         if parameter is None or parameter.is_meta:

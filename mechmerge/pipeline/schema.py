@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
-from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
+from mechmerge.localize.settings import LocalizePlan
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -40,21 +40,6 @@ class BehaviorPlan(Document):
     """A behaviour file, relative to the pipeline's (default: the built-in behaviour or group of this name)."""
     weight: float = Field(default=1.0, gt=0)
     """Its weight against the other behaviours."""
-
-
-class LocalizePlan(Document):
-    """Settings of localization; see `LocalizeSettings`."""
-
-    anchor_layer: int | None = Field(default=None, ge=1)
-    verify: int = Field(default=16, ge=0)
-    prompts: int = Field(default=12, ge=2)
-    steering_prompts: int = Field(default=8, ge=0)
-    curves: bool = True
-    curve_seeds: int = Field(default=3, ge=2)
-    curve_output_shares: Shares = OUTPUT_SHARES
-    curve_pass_prompts: int = Field(default=8, ge=0)
-    on_invalid: Literal["refuse", "report"] = "refuse"
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class EffectPlan(Document):

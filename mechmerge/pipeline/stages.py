@@ -16,7 +16,8 @@ from mechmerge.behaviors.schema import Behavior
 from mechmerge.localize.calibration import BehaviorRow, CalibrationSettings
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
-from mechmerge.localize.stage import LocalizeSettings, localize
+from mechmerge.localize.settings import LocalizeSettings, score_file
+from mechmerge.localize.stage import localize
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
 from mechmerge.pipeline.source import Resolved
@@ -108,7 +109,7 @@ class Stages:
             self.state.stage(
                 f"localize-{name}",
                 inputs,
-                [out / f"{b.name}.safetensors" for b in members],
+                [out / score_file(b.name, source) for b in members for source in settings.sources],
                 partial(self._localize_one, expert, members, out, settings),
             )
 
@@ -168,7 +169,10 @@ class Stages:
     def scores(self) -> list[Path]:
         plans = self.plan.behaviors
         owned = [(plans[name].expert, member.name) for name, group in self.behaviors.items() for member in group]
-        return sorted(self.run / "scores" / expert / f"{member}.safetensors" for expert, member in owned)
+        sources = self.plan.localize.sources
+        return sorted(
+            self.run / "scores" / expert / score_file(member, source) for expert, member in owned for source in sources
+        )
 
     def recipe(self, name: str) -> Path:
         return self.run / "recipes" / name / "recipe.yaml"

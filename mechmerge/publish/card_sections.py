@@ -13,7 +13,7 @@ from mechmerge.evaluate.table import markdown_pairs, markdown_table
 from mechmerge.models.references import ModelId
 from mechmerge.publish.licenses import HUB_ID, parts_of
 from mechmerge.recipe.schema import Recipe
-from mechmerge.report import tables
+from mechmerge.report import role_tables, tables
 from mechmerge.report.loading import Measurements
 from mechmerge.report.recipes import recipe_rows, unit_sizes
 from mechmerge.report.style import caveat
@@ -102,14 +102,22 @@ def _against_parents(name: str, recipe: Recipe, record: Evaluation) -> list[str]
 
 
 def behaviors(figures: Sequence[tuple[str, str]], measured: Measurements | None) -> list[str]:
-    """Heat maps and set curves, and which localizations are not what they seem."""
+    """Heat maps and set curves, roles, and which localizations are not what they seem."""
     scores = {} if measured is None else measured.scores
     doubtful = [f"- ⚠ {tables.cell(label)}: {tables.cell(caveat(file.metadata))}" for label, file in scores.items()
                 if caveat(file.metadata)]  # fmt: skip
-    if not (figures or doubtful):
+    roles = [f"- {tables.cell(tables.marked(label, file))}: {tables.cell(said)}" for label, file in scores.items()
+             if (said := role_tables.roles_said(file.metadata))]  # fmt: skip
+    known = [f"- {tables.cell(label)}, {kind}: {tables.cell(said)}" for label, file in scores.items()
+             for kind, said in role_tables.verification_said(file.metadata).items()]  # fmt: skip
+    if not (figures or doubtful or roles or known):
         return []
     lines = ["## Where the behaviours lie", ""]
     lines += [line for link, said in figures for line in (f"![{said}]({link})", "")]
+    if roles:
+        lines += ["What part components play:", "", *roles, ""]
+    if known:
+        lines += ["How far the best components are known:", "", *known, ""]
     return lines + ([*doubtful, ""] if doubtful else [])
 
 

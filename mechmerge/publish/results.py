@@ -2,8 +2,8 @@
 
 `model-index` (https://github.com/huggingface/hub-docs/blob/main/modelcard.md) holds every headline metric with its interval.
 `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results) is for benchmarks that are data sets of the Hub: of our
-suites that is IFEval alone, asked whole, in its own words and by its own verifiers; anything else there would claim a place on
-a leaderboard that it does not have.
+suites that is IFEval alone, asked whole, in its official words and by its own verifiers; anything else there would claim a
+place on a leaderboard that it does not have. The task is named `default`: we know of no list of IFEval's tasks on the Hub.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ BENCHMARKS = {"ifeval": ("google/IFEval", "default")}
 """Suite → data set and task on the Hub."""
 
 
+def _is_official(evaluation: Evaluation, suite: str) -> bool:
+    """Whether a suite is a benchmark of the Hub with all of its official prompts, and nothing else of that name."""
+    record = evaluation.suites.get(suite)
+    return suite in BENCHMARKS and record is not None and record.split == "official" and not record.limited
+
+
 def model_index(evaluation: Evaluation, name: str) -> list[EvalResult]:
     """The headline metrics of one model; empty where it was not evaluated."""
     from huggingface_hub import EvalResult
@@ -39,7 +45,7 @@ def model_index(evaluation: Evaluation, name: str) -> list[EvalResult]:
         results.append(
             EvalResult(
                 task_type=TASK,
-                dataset_type=BENCHMARKS.get(suite, (f"mechmerge/{suite}", ""))[0],
+                dataset_type=BENCHMARKS[suite][0] if _is_official(evaluation, suite) else f"mechmerge/{suite}",
                 dataset_name=f"{suite} ({record.prompts} prompts{', limited' if record.limited else ''})",
                 dataset_split=record.split,
                 metric_type=METRIC,
@@ -66,6 +72,6 @@ def eval_results(evaluation: Evaluation, name: str) -> str | None:
             notes=f"strict by prompt, n = {metrics[suite].n}, 95 % [{metrics[suite].low:.3f}, {metrics[suite].high:.3f}]",
         )
         for suite, (dataset, task) in BENCHMARKS.items()
-        if suite in metrics and suite in evaluation.suites and not evaluation.suites[suite].limited
+        if suite in metrics and _is_official(evaluation, suite)
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None

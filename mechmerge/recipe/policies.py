@@ -191,14 +191,17 @@ def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> d
     """kind → float64 [layers, units], −inf where no file has a score."""
     if not files:
         raise InputError(f"expert {expert}", expected="at least one score file", found="none")
-    valid = [file for file in files if file.metadata.anchor.valid]
+    valid = [file for file in files if file.metadata.valid]
     used = valid or [file for file in files if file.metadata.scale == "recovery"] or list(files)
-    left = ", ".join(file.metadata.behavior for file in files if file not in used)
+    sources = sorted({file.metadata.source for file in files if file not in used})
+    left = ", ".join(file.metadata.label for file in files if file not in used)
     if left:
-        reason = "their anchors are not valid" if valid else "they are raw differences"
+        what = " or ".join({"anchor": "anchors", "loss": "losses"}[source] for source in sources)
+        reason = f"their {what} are not valid" if valid else "they are raw differences"
         notes.append(f"{expert}: scores of {left} were left out of the mean, since {reason}")
     if not valid:
-        notes.append(f"{expert}: no anchor is valid; its scores may mean nothing")
+        what = " and no ".join(sorted({file.metadata.source for file in files}))
+        notes.append(f"{expert}: no {what} is valid; its scores may mean nothing")
     result: dict[str, Array] = {}
     for kind in UNIT_KINDS:
         stacked = np.stack([file.score(kind).astype(np.float64) for file in used])

@@ -40,7 +40,7 @@ TOP_SHARE = 0.01
 def above_anchor(scores: ScoreFile, shape: tuple[int, ...]) -> Array:
     """Mask [layers, units] of the layers after the anchor, whose scores are 0 by construction."""
     mask = np.zeros(shape, bool)
-    mask[scores.metadata.anchor.layer :] = True
+    mask[scores.depth :] = True
     return mask
 
 
@@ -87,7 +87,7 @@ def module_map(scores: Mapping[str, ScoreFile], path: Path) -> None:
     panels = {unit: [(b, s) for b, s in scores.items() if unit_of(s.metadata) == unit] for unit in _units(scores)}
     rows = [len(panel) * 2 for panel in panels.values()]
     experts = ", ".join(dict.fromkeys(short_name(s.metadata.expert) for s in scores.values()))
-    anchors = ", ".join(f"{b} {s.metadata.anchor.layer}" for b, s in scores.items())
+    anchors = ", ".join(f"{b} {s.depth}" for b, s in scores.items() if s.metadata.anchor is not None)
     title = f"Modules: weight patching · experts: {experts}\nanchor after layer: {anchors}"
     said = dict.fromkeys(doubt for s in scores.values() for doubt in doubts(s.metadata))
     weak = {doubt: [b for b, s in scores.items() if doubt in doubts(s.metadata)] for doubt in said}
@@ -124,7 +124,7 @@ def neuron_density(scores: ScoreFile, path: Path) -> None:
     positive = np.where(below, np.clip(values, 0, None), 0).sum(axis=1)
     title = title_of(scores.metadata, f"MLP neurons: the top {TOP_SHARE:.0%}, first-order estimate")
     with figure(path, title, 2, 4.2, sharex=True) as (_, axes):
-        anchor = scores.metadata.anchor.layer
+        anchor = scores.depth
         for axis, heights, label in (
             (axes[0, 0], 100 * share, f"share of the top\n{count} neurons (%)"),
             (axes[1, 0], positive, f"sum of positive scores:\n{wrapped(unit_of(scores.metadata), 32)}"),

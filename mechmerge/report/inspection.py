@@ -10,10 +10,10 @@ from mechmerge.artifacts import METADATA_KEY, parse_document, parse_json, parse_
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import read_effects
 from mechmerge.localize.rounds_file import read_rounds
-from mechmerge.localize.scores import read_scores
+from mechmerge.localize.scores import LossRecord, ScoreMetadata, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import read_recipe
-from mechmerge.report import effect_tables, tables
+from mechmerge.report import effect_tables, role_tables, tables
 from mechmerge.report.recipes import predicted_rows, recipe_rows
 from mechmerge.report.style import caveat
 
@@ -94,43 +94,64 @@ def _shapes(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(array.shape) for name, array in sorted(arrays.items())}
 
 
+def _readout(meta: ScoreMetadata) -> dict[str, Any]:
+    """The figures of an anchor, or of a loss."""
+    record = meta.record
+    gap = f"{record.gap:.3f} (95 % low {record.gap_low:.3f})"
+    if isinstance(record, LossRecord):
+        losses = f"{record.base:.3f}, {record.expert:.3f} nats per token"
+        return {"loss_of_base_and_expert": losses, "gap": gap, "prompts": f"{record.answers} of {record.prompts} answers pass"}
+    steered = None
+    if record.steering_base is not None and record.steering_steered is not None:
+        steered = f"{record.steering_base:.2f} → {record.steering_steered:.2f}"
+    prompts = f"{record.prompts} for the anchor, {record.held_out} held out"
+    return {
+        "separation": f"{record.separation:.3f}",
+        "gap": gap,
+        "stability": record.stability_text,
+        "pass_rate_when_steered": steered,
+        "prompts": prompts,
+    }
+
+
 def _scores(path: Path) -> Inspection:
     file = read_scores(path)
-    meta, anchor = file.metadata, file.metadata.anchor
-    steered = None
-    if anchor.steering_base is not None and anchor.steering_steered is not None:
-        steered = f"{anchor.steering_base:.2f} → {anchor.steering_steered:.2f}"
+    meta = file.metadata
     facts = _facts(
         behaviour=meta.behavior,
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         expert=f"{meta.expert.name} ({meta.expert.digest[:12]})",
-        anchor_after_layer=anchor.layer,
-        anchor_valid="yes" if anchor.valid else "NO",
+        scores_on=meta.where,
+        valid="yes" if meta.valid else "NO",
         caveat=caveat(meta),
         set_curves=meta.curves.verdict if meta.curves is not None else None,
-        separation=f"{anchor.separation:.3f}",
-        gap=f"{anchor.gap:.3f} (95 % low {anchor.gap_low:.3f})",
-        pass_rate_when_steered=steered,
+        **_readout(meta),
+        roles=role_tables.roles_said(meta),
+        **{f"best_{kind}": said for kind, said in role_tables.verification_said(meta).items()},
         state_of_base_and_expert=f"{meta.state_base:.3f}, {meta.state_expert:.3f}",
         scale=meta.scale,
-        prompts=f"{anchor.prompts} for the anchor, {anchor.held_out} held out",
+        screened=f"along {meta.integrate} steps from base to expert" if meta.integrate else "at the base",
         patched=", ".join(f"{n} {kind}" for kind, n in meta.verified.items()),
         dtype=meta.dtype,
         seed=meta.seed,
     )
+    measured = {measure: any(name.endswith(f".{measure}") for name in file.arrays) for measure in ("necessity", "activation")}
     rankings = {
         title: [
             {
                 "component": r.name,
-                "weight patching": _number(r.patched),
-                "±": _number(r.stderr),
-                "first-order": _number(r.screen),
+                "weight patching": _measured(r.patched, r.stderr),
+                "first-order": _measured(r.screen, r.screen_stderr),
+                **({"knockout": _measured(r.necessity, r.necessity_stderr)} if measured["necessity"] else {}),
+                **({"activation": _measured(r.activation, r.activation_stderr)} if measured["activation"] else {}),
+                **({"role": r.role} if meta.roles is not None else {}),
             }
             for r in tables.top_components(file, kinds, TOP)
         ]
         for title, kinds in (("heads, kv groups, neurons", UNIT_KINDS), ("modules", ("attention", "mlp")))
     }
-    shown = {"scores": facts} | {title: rows for title, rows in rankings.items() if rows}
+    judged = {"roles": _parsed(role_tables.role_rows(file)), "depth": _parsed(role_tables.depth_rows(file))}
+    shown = {"scores": facts} | {title: rows for title, rows in (judged | rankings).items() if rows}
     return Inspection("scores", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
 
 
@@ -218,5 +239,8 @@ def _parsed(table: tuple[list[str], list[tuple[Any, ...]]]) -> Rows:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def _number(value: float) -> str:
-    return "–" if value != value else f"{value:+.4f}"
+def _measured(value: float, error: float) -> str:
+    """A score with its standard error, – where it was not measured."""
+    if value != value:
+        return "–"
+    return f"{value:+.4f}" if error != error else f"{value:+.4f} ± {error:.4f}"

@@ -81,13 +81,13 @@ def labelled(files: Sequence[ScoreFile]) -> dict[str, ScoreFile]:
     Raises:
         InputError: two files of one behaviour and expert.
     """
-    names = [file.metadata.behavior for file in files]
+    names = [file.metadata.label for file in files]
     found: dict[str, ScoreFile] = {}
     for file in files:
         meta = file.metadata
-        label = meta.behavior if names.count(meta.behavior) == 1 else f"{meta.behavior} ({short_name(meta.expert)})"
+        label = meta.label if names.count(meta.label) == 1 else f"{meta.label} ({short_name(meta.expert)})"
         if label in found:
-            label = f"{meta.behavior} ({meta.expert.name} {meta.expert.digest[:8]})"
+            label = f"{meta.label} ({meta.expert.name} {meta.expert.digest[:8]})"
         if label in found:
             raise InputError("report", expected="one score file for each behaviour and expert", found=f"two of {label}")
         found[label] = file

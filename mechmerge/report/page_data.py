@@ -16,6 +16,7 @@ from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.table import headlines, prompts_of
 from mechmerge.localize.curve_record import SetCurves
 from mechmerge.localize.effect_file import EffectFile
+from mechmerge.localize.roles import ROLE_NAMES, ROLES
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS
 from mechmerge.models.references import ModelId
@@ -32,6 +33,14 @@ BEST = 256
 """Neurons of a layer that are held where there are more."""
 BIN_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 """Bins of a layer's neurons, from the best score to the worst."""
+PAGE_NAMES = {
+    "sufficiency": "patched",
+    "screen": "screen",
+    "necessity": "knockout",
+    "activation": "activation",
+    "output": "output",
+}
+"""What the page's script calls each measure."""
 BIN_NAMES = ("top 1 %", "1–5 %", "5–10 %", "10–25 %", "25–50 %", "50–75 %", "75–90 %", "90–95 %", "95–99 %", "last 1 %")
 
 
@@ -49,6 +58,7 @@ def page_data(
     neurons = sum(file.arrays["neuron.screen"].size for file in run.scores.values() if "neuron.screen" in file.arrays)
     return {
         "bins": list(BIN_NAMES),
+        "roles": [ROLE_NAMES[role] for role in ROLES],
         "module_spans": _module_spans(run.scores),
         "scores": [_score(label, file, recipes, neurons <= most_neurons) for label, file in run.scores.items()],
         "recipes": [_recipe(name, kept, name == published) for name, kept in recipes.items()],
@@ -66,7 +76,7 @@ def _score(label: str, file: ScoreFile, recipes: Mapping[str, KeptOf], every_neu
         if all(array is None for array in arrays.values()):
             continue
         score = np.where(np.isfinite(file.score(kind)), file.score(kind), np.nan)
-        score[meta.anchor.layer :] = np.nan
+        score[file.depth :] = np.nan
         entry: dict[str, Any] = {"span": digits(span(score)), "count": int(np.isfinite(score).sum())}
         if kind == "neuron":
             entry["bins"] = _bins(score, meta.expert, recipes)
@@ -75,19 +85,23 @@ def _score(label: str, file: ScoreFile, recipes: Mapping[str, KeptOf], every_neu
             # Ranks among all neurons go with them: the script cannot count those that are not there.
             entry |= {"unit": pack(chosen, "f32"), "units": score.shape[1]}
             entry["rank"] = pack(_take(_ranks(score), chosen), "f32")
-        for measure, name in (("sufficiency", "patched"), ("screen", "screen")):
+        for measure, name in PAGE_NAMES.items():
             for part, suffix, packing in (("", "", "f24"), (".stderr", "_se", "b16")):
                 array = file.arrays.get(f"{kind}.{measure}{part}")
                 if array is None:
                     continue
-                below = np.array(array, np.float32)
-                below[meta.anchor.layer :] = np.nan
-                entry[name + suffix] = pack(below if chosen is None else _take(below, chosen), packing)  # type: ignore[arg-type]
+                judged = np.array(array, np.float32)
+                # 0 by construction is no result: after the anchor only the output is judged.
+                judged[slice(file.depth) if measure == "output" else slice(file.depth, None)] = np.nan
+                entry[name + suffix] = pack(judged if chosen is None else _take(judged, chosen), packing)  # type: ignore[arg-type]
+        roles = _roles(file, kind)
+        if roles is not None:
+            entry["role"] = pack(roles if chosen is None else _take(roles, chosen), "b16")
         kinds[kind] = entry
     return {
         "label": label,
         "expert": meta.expert.digest,
-        "anchor": meta.anchor.layer,
+        "anchor": file.depth,
         "unit": unit_of(meta),
         "caveat": caveat(meta),
         "doubts": list(doubts(meta)),
@@ -96,13 +110,25 @@ def _score(label: str, file: ScoreFile, recipes: Mapping[str, KeptOf], every_neu
     }
 
 
+def _roles(file: ScoreFile, kind: str) -> Array | None:
+    """[layers, units]: the number of each component's role in `ROLES`, NaN where it is not known; None without roles."""
+    roles = file.roles(kind)
+    if roles is None:
+        return None
+    numbers = np.full(roles.shape, np.nan, np.float32)
+    for number, role in enumerate(ROLES):
+        if role != "unknown":
+            numbers[roles == role] = number
+    return numbers
+
+
 def _module_spans(scores: Mapping[str, ScoreFile]) -> dict[str, float | None]:
     """Half the colour range of the map of all modules, by unit of measurement."""
     found: dict[str, list[Array]] = {}
     for file in scores.values():
         for name in ("attention.sufficiency", "mlp.sufficiency"):
             if name in file.arrays:
-                found.setdefault(unit_of(file.metadata), []).append(file.arrays[name][: file.metadata.anchor.layer].ravel())
+                found.setdefault(unit_of(file.metadata), []).append(file.arrays[name][: file.depth].ravel())
     return {unit: digits(span(np.concatenate(parts))) for unit, parts in found.items()}
 
 

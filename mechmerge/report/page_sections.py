@@ -12,7 +12,7 @@ from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS, parse_component
 from mechmerge.models.references import ModelId
 from mechmerge.recipe.schema import MASKS_NAME
-from mechmerge.report import effect_tables, evaluation_tables, summary, tables
+from mechmerge.report import effect_tables, evaluation_tables, role_tables, summary, tables
 from mechmerge.report.files import RunFiles
 from mechmerge.report.loading import Measurements
 from mechmerge.report.markup import badge, bullets, chart, code, details, escaped, paragraph, section, table, text
@@ -155,6 +155,8 @@ def behaviors(run: Measurements, kept: Mapping[str, KeptOf]) -> str:
     modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     curves = tables.curves_rows(files)
     parts = [table("Anchors and their validity", tables.anchors_rows(files))]
+    if any(file.metadata.loss is not None for file in files.values()):
+        parts.append(table("Losses that scores are measured on", tables.losses_rows(files)))
     if modules:
         parts += ["<h3>Attention and MLP</h3>", chart("modules"), paragraph(summary.DEPTH_SAID)]
         parts += [table("Positive scores by third of the model", tables.depth_rows(modules))]
@@ -175,13 +177,14 @@ def _behavior(number: int, label: str, file: ScoreFile, kept: Mapping[str, KeptO
     parts = [paragraph(f"⚠ {caveat(meta)}", "warning")] if caveat(meta) else []
     parts += [
         paragraph(
-            f"Expert {meta.expert.name}, anchor after layer {meta.anchor.layer}, {meta.anchor.held_out} held-out prompts; "
+            f"Expert {meta.expert.name}, scores on {meta.where}, {meta.record.measured_on} held-out prompts; "
             f"really patched: {patched or 'nothing'}."
         )
     ]
     if meta.curves is not None:
         weak = f": {meta.curves.doubt}" if meta.curves.doubt else ""
         parts += [f"<h4>Set curves{weak}</h4>", paragraph(meta.curves.verdict, "note"), chart("curves", score=number)]
+    parts += _roles(label, file)
     for kinds, what in ((UNIT_KINDS, "heads, KV groups and neurons"), (("attention", "mlp"), "modules")):
         ranked = tables.top_components(file, kinds, TOP)
         if ranked:
@@ -193,6 +196,25 @@ def _behavior(number: int, label: str, file: ScoreFile, kept: Mapping[str, KeptO
     if "neuron.screen" in file.arrays:
         parts += ['<h4 class="scripted">Neurons by layer</h4>', chart("neurons", score=number)]
     return details(head, *parts, opened=opened, identity=f"behaviour-{number}")
+
+
+def _roles(label: str, file: ScoreFile) -> list[str]:
+    """Roles, where they lie by depth, and how far the best components are known; empty where none of it was judged."""
+    meta = file.metadata
+    said, known = role_tables.roles_said(meta), role_tables.verification_said(meta)
+    if said is None and not known:
+        return []
+    counts, depths = role_tables.role_rows(file), role_tables.depth_rows(file)
+    layers = role_tables.depth_rows(file, by_layer=True)
+    parts = ["<h4>Roles</h4>", paragraph(f"{said[0].upper()}{said[1:]}.", "note")] if said is not None else []
+    if counts[1]:
+        parts += [table(f"{label}: components by role", counts), paragraph(role_tables.thresholds_said(meta), "note")]
+    if depths[1]:
+        parts += [paragraph(role_tables.DEPTH_SAID), table(f"{label}: positive scores by depth", depths)]
+        parts.append(details("Layer by layer", table(f"{label}: positive scores by layer", layers)))
+    if known:
+        parts += ["<h4>How far the best are known</h4>", bullets(text(f"{kind}: {line}") for kind, line in known.items())]
+    return parts
 
 
 def _with_coefficients(rows: Rows, file: ScoreFile, kept: Mapping[str, KeptOf]) -> Rows:

@@ -29,6 +29,7 @@ MEASURES = {
     "sufficiency": "weight patching",
     "necessity": "knockout",
     "activation": "activation patching",
+    "output": "output",
 }
 """What each measure of a score file is called in titles."""
 
@@ -42,13 +43,13 @@ def unit_of(metadata: ScoreMetadata) -> str:
     """The unit of a score file's scores."""
     if metadata.scale != "recovery":
         return "change of state, not a recovery"
-    return "recovery (base 0, expert 1)" if metadata.anchor.valid else "invalid anchor: not a recovery"
+    return "recovery (base 0, expert 1)" if metadata.valid else f"invalid {metadata.source}: not a recovery"
 
 
 def doubts(metadata: ScoreMetadata) -> tuple[str, ...]:
     """What weakens a localization, in a few words each; empty for a recovery that is above its controls or has no curves."""
     found = []
-    if not metadata.anchor.valid or metadata.scale != "recovery":
+    if not metadata.valid or metadata.scale != "recovery":
         found.append("not a recovery")
     if metadata.curves is not None and metadata.curves.doubt:
         found.append(metadata.curves.doubt)
@@ -58,8 +59,8 @@ def doubts(metadata: ScoreMetadata) -> tuple[str, ...]:
 def caveat(metadata: ScoreMetadata) -> str:
     """What has to be said wherever the scores are shown; empty where `doubts` finds nothing."""
     said = []
-    if not metadata.anchor.valid:
-        said.append(f"anchor not valid ({'; '.join(metadata.anchor.reasons) or 'no reason stored'})")
+    if not metadata.valid:
+        said.append(f"{metadata.source} not valid ({'; '.join(metadata.reasons)})")
     if metadata.scale != "recovery":
         said.append("raw differences")
     parts = [f"{', '.join(said)}: not a recovery"] if said else []
@@ -70,7 +71,7 @@ def caveat(metadata: ScoreMetadata) -> str:
 
 def title_of(metadata: ScoreMetadata, what: str) -> str:
     """Title of a figure: what is shown, then behaviour, expert and anchor layer, then the caveat on a line of its own."""
-    lines = [what, f"{metadata.behavior} · expert {short_name(metadata.expert)} · anchor after layer {metadata.anchor.layer}"]
+    lines = [what, f"{metadata.behavior} · expert {short_name(metadata.expert)} · {metadata.where}"]
     return "\n".join([*lines, f"⚠ {caveat(metadata)}"] if caveat(metadata) else lines)
 
 

@@ -17,7 +17,7 @@ from mechmerge.localize.effect_file import EffectFile, EffectMetadata
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.report import effect_tables, figures, tables
+from mechmerge.report import effect_tables, figures, role_tables, tables
 from mechmerge.report.curve_figure import curve_map
 from mechmerge.report.loading import read_measurements
 from mechmerge.report.recipes import predicted_rows, recipe_rows, unit_sizes
@@ -167,6 +167,8 @@ def _score_section(files: dict[str, ScoreFile], out: Path) -> list[str]:
     if not files:
         return []
     lines = ["## Where the behaviours lie", "", "### Anchors", "", *tables.table(*tables.anchors_rows(files))]
+    if any(file.metadata.loss is not None for file in files.values()):
+        lines += ["", "### Losses", "", *tables.table(*tables.losses_rows(files))]
     wanted = {"attention.sufficiency", "mlp.sufficiency"}
     modules = {label: file for label, file in files.items() if wanted <= file.arrays.keys()}
     if modules:
@@ -200,6 +202,22 @@ def _doubtful(files: dict[str, ScoreFile]) -> str:
     return f"; {', '.join(weak)}" if weak else ""
 
 
+def _roles_section(file: ScoreFile) -> list[str]:
+    """Roles, where they lie by depth, and how far the best components are known; empty where none of it was judged."""
+    meta, lines = file.metadata, []
+    said = role_tables.roles_said(meta)
+    if said is not None:
+        lines += [f"Roles: {tables.cell(said)}.", ""]
+    header, rows = role_tables.role_rows(file)
+    if rows:
+        lines += [*tables.table(header, rows), role_tables.thresholds_said(meta), ""]
+    header, rows = role_tables.depth_rows(file)
+    if rows:
+        lines += [role_tables.DEPTH_SAID, "", *tables.table(header, rows)]
+    known = role_tables.verification_said(meta)
+    return [*lines, *(f"- {kind}: {tables.cell(sentence)}" for kind, sentence in known.items()), *([""] if known else [])]
+
+
 def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> list[str]:
     meta = file.metadata
     lines = [f"### {tables.cell(label)}", ""]
@@ -207,8 +225,9 @@ def _behavior_section(label: str, file: ScoreFile, folder: Path, stem: str) -> l
     if caveat(meta):
         lines += [f"> **{warning}**", ""]
     patched = ", ".join(f"{count} {kind}" for kind, count in meta.verified.items() if count)
-    who = f"Expert {tables.cell(meta.expert.name)}, {meta.anchor.held_out} held-out prompts"
+    who = f"Expert {tables.cell(meta.expert.name)}, {meta.record.measured_on} held-out prompts"
     lines += [f"{who}; really patched: {patched or 'nothing'}.", ""]
+    lines += _roles_section(file)
     for kinds, what in ((UNIT_KINDS, "Heads, KV groups and neurons"), (("attention", "mlp"), "Modules")):
         ranked = tables.top_components(file, kinds, TOP)
         if ranked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mechmerge.localize.roles import ROLE_NAMES
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import Component
 from mechmerge.models.references import ModelId
@@ -17,6 +19,8 @@ from mechmerge.report.style import Array, doubts, signed, small
 Rows = tuple[list[str], list[tuple[object, ...]]]
 """A header and rows as long as it."""
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+RANKED = ("sufficiency", "screen", "necessity", "activation")
+"""Measures of a ranking, in the order of `Ranked`."""
 DEPTHS = ("first third", "middle third", "last third")
 """Parts of the whole model, by layer."""
 
@@ -71,7 +75,9 @@ def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
     """Anchors with their validity figures; whatever is not a recovery is said to be none."""
     rows: list[tuple[object, ...]] = []
     for label, file in scores.items():
-        anchor, meta = file.metadata.anchor, file.metadata
+        meta = file.metadata
+        if (anchor := meta.anchor) is None:
+            continue
         steering = "no verifier"
         if anchor.steering_base is not None and anchor.steering_steered is not None:
             steering = f"{anchor.steering_base:.2f} → {anchor.steering_steered:.2f}"
@@ -86,13 +92,27 @@ def anchors_rows(scores: Mapping[str, ScoreFile]) -> Rows:
                 valid,
                 f"{anchor.separation:.2f}",
                 f"{anchor.gap:.2f} ({anchor.gap_low:.2f})",
+                anchor.stability_text or "not resampled",
                 steering,
                 f"{anchor.prompts} / {anchor.held_out}",
                 scale,
             )
         )
-    header = ["behaviour", "after layer", "valid", "separation (AUC)", "gap (95 % low)", "pass rate, steered"]
+    header = ["behaviour", "after layer", "valid", "separation (AUC)", "gap (95 % low)", "stability", "pass rate, steered"]
     return [*header, "prompts / held out", "scores are"], rows
+
+
+def losses_rows(scores: Mapping[str, ScoreFile]) -> Rows:
+    """What loss scores are measured on; no rows where there are none."""
+    rows: list[tuple[object, ...]] = []
+    for label, file in scores.items():
+        loss, meta = file.metadata.loss, file.metadata
+        if loss is not None:
+            scale = "recovery" if meta.scale == "recovery" else f"**raw differences**: {'; '.join(meta.reasons)}"
+            told = (f"{loss.base:.3f}", f"{loss.expert:.3f}", f"{loss.gap:.3f} ({loss.gap_low:.3f})")
+            rows.append((label, *told, f"{loss.answers} of {loss.prompts}", scale))
+    header = ["behaviour", "base, nats per token", "expert", "gap (95 % low)", "answers that pass"]
+    return [*header, "scores are"], rows
 
 
 def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
@@ -102,7 +122,7 @@ def curves_rows(scores: Mapping[str, ScoreFile]) -> Rows:
         curves = file.metadata.curves
         if curves is None:
             continue
-        unit = "recovery" if curves.scale == "recovery" and file.metadata.anchor.valid else "**not a recovery**"
+        unit = "recovery" if curves.scale == "recovery" and file.metadata.valid else "**not a recovery**"
         passes = (curves.base_pass_rate, curves.expert_pass_rate)
         seen = "unseen" if curves.unseen else "**those that ordered the components**"
         rows.append(
@@ -140,6 +160,16 @@ class Ranked(NamedTuple):
     """Standard error of that over prompts; NaN where it was not stored."""
     screen: float
     """First-order estimate; NaN where there is none."""
+    screen_stderr: float = math.nan
+    """Standard error of that; NaN where it was not stored."""
+    necessity: float = math.nan
+    """Knockout; NaN where it was not measured."""
+    necessity_stderr: float = math.nan
+    activation: float = math.nan
+    """Activation patching; NaN where it was not measured."""
+    activation_stderr: float = math.nan
+    role: str = ""
+    """Its role, as it is called where it is shown; empty where roles were not judged."""
 
 
 def top_components(file: ScoreFile, kinds: Sequence[str], count: int) -> list[Ranked]:
@@ -149,14 +179,17 @@ def top_components(file: ScoreFile, kinds: Sequence[str], count: int) -> list[Ra
     """
     found = []
     for kind in kinds:
-        arrays = [file.arrays.get(f"{kind}.{measure}") for measure in ("sufficiency", "sufficiency.stderr", "screen")]
+        measures = [f"{measure}{part}" for measure in RANKED for part in ("", ".stderr")]
+        arrays = [file.arrays.get(f"{kind}.{measure}") for measure in measures]
         shape = next((a.shape for a in arrays if a is not None), None)
         if shape is None:
             continue
         filled = [np.full(shape, np.nan) if a is None else np.asarray(a, float) for a in arrays]
-        for layer, unit in np.ndindex(min(shape[0], file.metadata.anchor.layer), shape[1]):
-            patched, stderr, screen = (float(a[layer, unit]) for a in filled)
-            found.append(Ranked(str(Component(layer, kind, unit)), patched, stderr, screen))
+        roles = file.roles(kind)
+        for layer, unit in np.ndindex(min(shape[0], file.depth), shape[1]):
+            role = "" if roles is None else ROLE_NAMES[str(roles[layer, unit])].partition(":")[0]
+            name, values = str(Component(layer, kind, unit)), [float(array[layer, unit]) for array in filled]
+            found.append(Ranked._make((name, *values, role)))
     verified = [r for r in found if np.isfinite(r.patched)]
     if verified:
         return sorted(verified, key=lambda r: -r.patched)[:count]
@@ -165,11 +198,22 @@ def top_components(file: ScoreFile, kinds: Sequence[str], count: int) -> list[Ra
 
 def components_rows(ranked: Sequence[Ranked]) -> Rows:
     """A header and one row for each component of a ranking."""
-    rows: list[tuple[object, ...]] = []
-    for entry in ranked:
-        patched = small(entry.patched, entry.stderr) if np.isfinite(entry.patched) else "–"
-        rows.append((entry.name, patched, small(entry.screen) if np.isfinite(entry.screen) else "–"))
-    return ["component", "weight patching ± standard error", "first-order estimate"], rows
+
+    def said(value: float, error: float) -> str:
+        return small(value, error) if np.isfinite(value) else "–"
+
+    columns: dict[str, list[object]] = {
+        "component": [entry.name for entry in ranked],
+        "weight patching ± standard error": [said(entry.patched, entry.stderr) for entry in ranked],
+        "first-order estimate": [said(entry.screen, entry.screen_stderr) for entry in ranked],
+        "knockout": [said(entry.necessity, entry.necessity_stderr) for entry in ranked],
+        "activation patching": [said(entry.activation, entry.activation_stderr) for entry in ranked],
+        "role": [entry.role for entry in ranked],
+    }
+    # What no component has is no column.
+    optional = [name for name in ("knockout", "activation patching", "role") if set(columns[name]) <= {"–", ""}]
+    kept = {name: values for name, values in columns.items() if name not in optional}
+    return list(kept), list(zip(*kept.values(), strict=True))
 
 
 def depth_shares(file: ScoreFile) -> dict[str, Array] | None:
@@ -183,7 +227,7 @@ def depth_shares(file: ScoreFile) -> dict[str, Array] | None:
         if values is None:
             return None
         positive = np.clip(np.nan_to_num(values[:, 0]), 0, None)
-        positive[file.metadata.anchor.layer :] = 0
+        positive[file.depth :] = 0
         sums[kind] = np.array([part.sum() for part in np.array_split(positive, len(DEPTHS))])
     total = sum(float(values.sum()) for values in sums.values())
     return {kind: values / total if total > 0 else np.zeros(len(DEPTHS)) for kind, values in sums.items()}

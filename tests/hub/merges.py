@@ -1,7 +1,8 @@
-"""Two tiny merges to publish: an older state and a newer one, that differ in weights, masks and recipe."""
+"""What is published: two tiny merges that differ in weights, masks and recipe, and two measured runs; one older, one newer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,14 @@ import numpy as np
 from mechmerge.merge.engine import merge
 from mechmerge.models.references import Model, resolve
 from mechmerge.recipe.schema import Policy, Recipe, RecipeExpert, write_recipe
+from tests import measured
+from tests.hub.ways import Name
 from tests.tiny import tiny_expert, tiny_model
 
 OPTIONS = ("--no-gate", "--license", "apache-2.0")
 """Of `mechmerge publish` for these merges."""
+SCORE_OPTIONS = ("--license", "apache-2.0")
+"""Of `mechmerge publish-scores` for these runs."""
 
 
 def tiny_merge(folder: Path, base: Model, expert: Model, coefficient: float, *, masked: bool) -> Path:
@@ -35,3 +40,20 @@ def tiny_merges(folder: Path) -> tuple[Path, Path]:
     expert = resolve(str(tiny_expert(base.path, folder / "expert")))
     older = tiny_merge(folder / "older", base, expert, 0.5, masked=False)
     return older, tiny_merge(folder / "newer", base, expert, 0.9, masked=True)
+
+
+def measured_runs(folder: Path) -> tuple[Path, Path]:
+    """Runs with the same scores and other effects, the newer one with one score file more."""
+    for seed, name in enumerate(("older", "newer")):
+        measured.effect_file(seed).write(folder / name / "effects.safetensors")
+        for number, expert in enumerate(("first", "second")[: seed + 1]):
+            score = measured.score_file(number, (measured.FIRST, measured.SECOND)[number], expert)
+            score.write(folder / name / "scores" / expert / f"{expert}.safetensors")
+    return folder / "older", folder / "newer"
+
+
+def sources(folder: Path, ways: Iterable[Name]) -> dict[Name, tuple[list[str], list[str]]]:
+    """Way to publish → the arguments of its command for the older state and for the newer."""
+    merges = [[str(path), *OPTIONS] for path in tiny_merges(folder / "merges")]
+    runs = [[str(path), *SCORE_OPTIONS] for path in measured_runs(folder / "runs")]
+    return {way: (older, newer) for way in ways for older, newer in [runs if way == "scores" else merges]}

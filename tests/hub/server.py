@@ -148,12 +148,14 @@ class Hub:
         with self.lock:
             self.counted_from = len(self.log)
 
-    def push(self, repo: str, files: dict[str, bytes], author: str = "colleague", kind: str = "models") -> Commit:
-        """Someone else's commit on main."""
+    def push(
+        self, repo: str, files: dict[str, bytes], author: str = "colleague", kind: str = "models", branch: str = "main"
+    ) -> Commit:
+        """Someone else's commit on a branch."""
         with self.lock:
             repository = self.repositories[kind, repo]
-            tree = repository.resolve("main").tree | {path: File.regular(data) for path, data in files.items()}
-            return repository.commit("main", tree, f"Add {', '.join(files)}", author=author)
+            tree = repository.resolve(branch).tree | {path: File.regular(data) for path, data in files.items()}
+            return repository.commit(branch, tree, f"Add {', '.join(files)}", author=author)
 
     def push_everywhere(self) -> None:
         """Someone else's note in every repository."""

@@ -6,6 +6,12 @@ const component = (layer, kind, unit) => `L${layer}.${kind}${UNITS.has(kind) ? `
 const layerAxis = { axis: "layer", column: (column) => String(column) };
 const KEYS = { after: ["after", "after the anchor: 0 by construction"], hatch: ["hatch", "not measured"], dot: ["dot", "really patched"] };
 
+const OTHERS = [
+  ["knockout", "knockout"],
+  ["activation", "activation patching"],
+  ["output", "output: divergence taken away"],
+];
+
 /** One kind of a score file: arrays, ranks and what a cell says. */
 class Kind {
   constructor(score, kind) {
@@ -17,6 +23,12 @@ class Kind {
     this.patchedError = values(this.entry.patched_se);
     this.screen = values(this.entry.screen);
     this.screenError = values(this.entry.screen_se);
+    this.others = OTHERS.filter(([field]) => this.entry[field]).map(([field, name]) => ({
+      name,
+      value: values(this.entry[field]),
+      error: values(this.entry[`${field}_se`]),
+    }));
+    this.roles = values(this.entry.role);
     this.numbers = values(this.entry.unit);
     this.best = new Float32Array(this.layers * this.held).map((_, i) => (this.isPatched(i) ? this.patched[i] : this.screen ? this.screen[i] : NaN));
   }
@@ -48,16 +60,30 @@ class Kind {
     return layer >= this.score.anchor;
   }
 
+  /** Knockout, activation patching and output, as far as they were measured. */
+  otherLines(index) {
+    return this.others
+      .filter(({ value }) => Number.isFinite(value[index]))
+      .map(({ name, value, error }) => [name, withError(value[index], error?.[index])]);
+  }
+
+  roleLines(index) {
+    if (!this.roles) return [];
+    return [["role", DATA.roles[Number.isFinite(this.roles[index]) ? this.roles[index] : DATA.roles.length - 1]]];
+  }
+
   facts(layer, place) {
     const [index, unit] = [this.index(layer, place), this.unit(layer, place)];
     const lines = [];
-    if (this.after(layer)) lines.push(["score", "0 by construction: after the anchor"]);
+    if (this.after(layer)) lines.push(["score", "0 by construction: after the anchor"], ...this.otherLines(index));
     else {
       const patched = this.isPatched(index) ? withError(this.patched[index], this.patchedError?.[index]) : "not patched";
       lines.push(["weight patching", patched]);
       if (this.screen) lines.push(["first-order estimate", withError(this.screen[index], this.screenError?.[index])]);
+      lines.push(...this.otherLines(index));
       lines.push(["rank", `${plain(this.ranks[index])} of ${this.entry.count} ${nameOf(this.kind)}`]);
     }
+    lines.push(...this.roleLines(index));
     lines.push(...effectLines(this.score.expert, this.kind, layer, unit), ...coefficientLines(this.score.expert, this.kind, layer, unit));
     return { title: component(layer, this.kind, unit), lines };
   }

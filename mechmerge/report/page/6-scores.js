@@ -102,11 +102,12 @@ function oneLayer(host, data, layer) {
   const order = [...Array(data.held).keys()].filter((place) => data.unit(layer, place) < data.units);
   const best = [...order].sort((a, b) => data.best[data.index(layer, b)] - data.best[data.index(layer, a)]).slice(0, 10);
   const some = data.held < data.units ? `the best ${data.held} of ${data.units} neurons` : `${data.units} neurons`;
+  const shown = ["weight patching", "first-order estimate", "rank", ...(data.roles ? ["role"] : [])];
   const rows = best.map((place) => {
     const facts = data.facts(layer, place);
-    return node("tr", {}, node("th", { scope: "row" }, facts.title), ...facts.lines.slice(0, 3).map((line) => node("td", {}, line[1])));
+    return node("tr", {}, node("th", { scope: "row" }, facts.title), ...shown.map((name) => node("td", {}, new Map(facts.lines).get(name) ?? "–")));
   });
-  const head = ["neuron", "weight patching", "first-order estimate", "rank"].map((name) => node("th", { scope: "col" }, name));
+  const head = ["neuron", ...shown].map((name) => node("th", { scope: "col" }, name));
   const map = node("div", { class: "part" });
   const table = node("table", {}, node("caption", {}, node("span", {}, `The best ten of layer ${layer}`)), node("thead", {}, node("tr", {}, ...head)), node("tbody", {}, ...rows));
   host.replaceChildren(map, scrolling(table, `The best ten neurons of layer ${layer}, ${data.score.label}`));

@@ -1,0 +1,1 @@
+"""Planted truth: whether localization finds the components that were really trained."""
