@@ -20,7 +20,7 @@ the same round.
 `--quick` takes few heads, which puts us at a disadvantage: the base's own pass is spread over a tenth of the heads.
 
 The tools are optional: `pip install -c constraints.txt -e ".[rivals]"` puts both beside us. Where they are in another
-environment, `--nnsight-python` and `--transformerlens-python` name its interpreter, which needs neither us nor our packages. A
+environment, `--nnsight-python` and `--transformerlens-python` name its interpreter, which need not have us. A
 tool that is not there is left out; its goal is missed then.
 
 - `ratio_whole_model`, `ratio_nnsight`, `ratio_transformerlens`: see above.
