@@ -20,7 +20,7 @@ from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.localize.scoring import Scorer
 from mechmerge.localize.settings import LocalizeSettings
 from mechmerge.localize.stage import localize
-from mechmerge.models.components import SCORED_KINDS, Component
+from mechmerge.models.components import SCORED_KINDS, UNIT_KINDS, Component
 from mechmerge.models.references import Model
 from mechmerge.recipe.policies import top
 from tests.test_localize import SETTINGS, behavior
@@ -205,10 +205,15 @@ def test_set_curves_on_the_loss_stand_beside_the_anchors(base: Model, expert: Mo
         everything = curves.curves[0].points[-1]
         assert everything.share == 1.0
         if path.name.endswith(".loss.safetensors"):
-            # All heads, KV groups and neurons of all layers: all but norms and embeddings of the expert.
+            whole = Whole(base, expert, behavior())
+            layout = whole.bench.checkpoint.layout
+            blocks = [(b, None) for layer in range(3) for kind in UNIT_KINDS for b in layout.blocks(layer, kind)]
+            start = whole.loss()
+            with whole.bench.patched(blocks, whole.expert.tensor):
+                moved = whole.loss()
+            whole.bench.load(whole.expert)
             assert curves.scale == "recovery"
-            assert everything.recovery is not None
-            assert everything.recovery > 0.5
+            assert everything.recovery == pytest.approx((start - moved).mean() / (start - whole.loss()).mean(), abs=1e-4)
 
 
 def test_the_command_takes_sources_measures_and_thresholds(base: Model, expert: Model, tmp_path: Path) -> None:
@@ -220,11 +225,11 @@ def test_the_command_takes_sources_measures_and_thresholds(base: Model, expert: 
     write_text(tmp_path / "loud.yaml", json.dumps(behavior().model_dump(mode="json", by_alias=True, exclude={"builtin"})))
     arguments = [str(base.path), str(expert.path), "--behavior", str(tmp_path / "loud.yaml"), "--out", str(tmp_path / "out"),
                  "--source", "loss", "--measure", "activation", "--verify", "2", "--prompts", "4", "--no-curves", "--quiet",
-                 "--role-threshold", "module=0.2"]  # fmt: skip
+                 "--role-threshold", "head=0.03"]  # fmt: skip
     shown = CliRunner().invoke(command, [*arguments, "--format", "json"], catch_exceptions=False)
     (row,) = json.loads(shown.stdout)["anchors"]
     assert row["scores on"] == "loss"
-    assert row["roles"]["thresholds"]["module"] == 0.2
+    assert row["roles"]["thresholds"]["head"] == 0.03
     assert "weight patching (sources)" in CliRunner().invoke(command, arguments, catch_exceptions=False).stdout
     for wrong, message in (
         (["--verify", "many"], "neither a number nor auto"),
