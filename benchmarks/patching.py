@@ -17,8 +17,10 @@ opposite order), and are compared by seconds a head: ours over all heads, the wh
 them over the rounds), the others over a smaller even part. A ratio is the median over rounds of their seconds over ours in
 the same round.
 
+`--quick` takes few heads, which puts us at a disadvantage: the base's own pass is spread over a tenth of the heads.
+
 The tools are optional: `pip install -c constraints.txt -e ".[rivals]"` puts both beside us. Where they are in another
-environment, `--nnsight-python` and `--transformerlens-python` name its interpreter, which needs neither us nor our packages. A
+environment, `--nnsight-python` and `--transformerlens-python` name its interpreter, which need not have us. A
 tool that is not there is left out; its goal is missed then.
 
 - `ratio_whole_model`, `ratio_nnsight`, `ratio_transformerlens`: see above.
@@ -241,7 +243,7 @@ def main(
     set_threads(threads)
     pair = Pair(threads)
     heads = [(layer, head) for layer, head in pair.heads if layer in QUICK_LAYERS] if quick else pair.heads
-    rounds, few = (1, 4) if quick else (rounds, few)
+    rounds, few = (1, 2) if quick else (rounds, few)
     pythons = {"nnsight": nnsight_python, "transformerlens": transformerlens_python}
     with tools(pythons, pair.job) as running:
         contenders = pair.contenders()

@@ -173,7 +173,7 @@ def _child(job: Job) -> dict[str, float]:
     scores = {}
     for i in range(job.behaviors):
         v = torch.randn(arch.hidden, generator=torch.Generator().manual_seed(2 + i))
-        scores = screen(bench, batches, Anchor(stop, v / v.norm()), source)
+        scores = screen(bench, batches, [Anchor(stop, v / v.norm())] * len(batches), source)
     screened = time.perf_counter()
     peak, counted, forward = peak_memory(), runs, 0.0
     if job.forwards:

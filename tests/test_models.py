@@ -140,6 +140,23 @@ def test_rslora_has_its_own_scale(base: Model, tmp_path: Path) -> None:
     assert torch.allclose(merged.tensor(f"{module}.weight"), expected, atol=1e-6)
 
 
+def test_dora_has_magnitudes_of_its_own(base: Model, tmp_path: Path) -> None:
+    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+    adapter = tiny_adapter(base.path, tmp_path / "dora", use_dora=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    magnitudes = [name for name in weights if "lora_magnitude_vector" in name]
+    assert magnitudes
+    for name in magnitudes:
+        weights[name] = weights[name] * torch.linspace(0.8, 1.2, len(weights[name]))
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merged = resolve(f"{base.path}+{adapter}").checkpoint()
+    module = "model.layers.0.self_attn.q_proj"
+    moved = base.checkpoint().tensor(f"{module}.weight") + delta(weights, module, 2.0)
+    (magnitude,) = (weights[name] for name in magnitudes if module in name)
+    expected = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    assert torch.allclose(merged.tensor(f"{module}.weight"), expected, atol=1e-6)
+
+
 def test_an_adapter_of_another_model_is_refused(base: Model, tmp_path: Path) -> None:
     adapter = tiny_adapter(tiny_model(tmp_path / "deep", layers=4), tmp_path / "lora")
     with pytest.raises(PairError, match="lora") as caught:

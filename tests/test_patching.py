@@ -266,6 +266,24 @@ def test_scores_do_not_depend_on_batches_prefix_or_company(base: Model, expert: 
             assert abs(found[component][0] - unshared[component][i]) < 1e-6
 
 
+def test_half_precision_compares_within_the_batch(base: Model, expert: Model) -> None:
+    """Both ways to take the difference agree in single precision, where the cheaper one is taken."""
+    pair = Pair(base, expert)
+    components = pair.components("head", "neuron", "mlp")
+    run = pair.patcher.run()
+    assert pair.patcher.single
+    cheap = pair.patcher.patch(run, components, pair.expert.tensor)
+    pair.patcher.single = False
+    within = pair.patcher.patch(run, components, pair.expert.tensor)
+    assert max(np.abs(cheap[name] - within[name]).max() for name in cheap) < 1e-6 < max(np.abs(c).max() for c in cheap.values())
+    half = Patcher(Bench(base, "bfloat16"), pair.ids, pair.anchor)
+    assert not half.single
+    found = half.patch(half.run(), components, pair.expert.tensor)
+    assert max(np.abs(found[name] - cheap[name]).max() for name in cheap) < 0.05
+    own = {name: parameter.detach().clone() for name, parameter in half.bench.parameters.items()}
+    assert all((c == 0).all() for c in half.patch(half.run(), components, own.__getitem__).values())
+
+
 def test_weights_are_untouched_and_prompts_are_checked(base: Model, expert: Model) -> None:
     pair = Pair(base, expert)
     before = {name: parameter.detach().clone() for name, parameter in pair.bench.parameters.items()}

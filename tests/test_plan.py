@@ -128,7 +128,8 @@ def test_free_memory_is_that_of_the_machine_and_its_container(tmp_path: Path) ->
 
 
 def test_a_streamed_localization_gives_the_same_file(base: Model, expert: Model, tmp_path: Path) -> None:
-    settings = test_localize.SETTINGS.model_copy(update={"verify": 2, "curve_seeds": 2})
+    update = {"verify": 2, "curve_seeds": 2, "output_prompts": 2, "sources": ("anchor", "loss")}
+    settings = test_localize.SETTINGS.model_copy(update=update)
     behavior = test_localize.behavior()
     whole = plan_localize(base.checkpoint(), [behavior], settings)
     assert not whole.streamed
@@ -136,13 +137,14 @@ def test_a_streamed_localization_gives_the_same_file(base: Model, expert: Model,
     plan = plan_localize(base.checkpoint(), [behavior], small)
     assert plan.streamed
     assert isinstance(open_bench(base, "float32", "cpu", plan), StreamedBench)
-    (one,) = localize(base, expert, [behavior], tmp_path / "memory", settings)
-    (other,) = localize(base, expert, [behavior], tmp_path / "streamed", small)
-    wanted, found = read_scores(one), read_scores(other)
-    for name, values in wanted.arrays.items():
-        assert np.abs(np.nan_to_num(values) - np.nan_to_num(found.arrays[name])).max() <= 1e-6, name
-    assert wanted.metadata.curves is not None
-    assert wanted.metadata.curves.lift == pytest.approx(found.metadata.curves.lift, abs=1e-6)  # type: ignore[union-attr]
+    ones = localize(base, expert, [behavior], tmp_path / "memory", settings)
+    others = localize(base, expert, [behavior], tmp_path / "streamed", small)
+    assert len(ones) == 2
+    for wanted, found in zip(map(read_scores, ones), map(read_scores, others), strict=True):
+        for name, values in wanted.arrays.items():
+            assert np.abs(np.nan_to_num(values) - np.nan_to_num(found.arrays[name])).max() <= 1e-6, name
+        assert wanted.metadata.curves is not None
+        assert wanted.metadata.curves.lift == pytest.approx(found.metadata.curves.lift, abs=1e-6)  # type: ignore[union-attr]
 
 
 def test_streamed_effects_equal_those_in_memory(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_plan_prints_and_measures_nothing(
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert plan["mode"] == "in memory"
     assert plan["memory"] > FIXED
-    assert [step["step"] for step in plan["steps"]][:2] == ["loud: states of base and expert", "loud: screening"]
+    assert [step["step"] for step in plan["steps"]][:2] == ["loud: states of base and expert", "loud on the anchor: screening"]
     assert plan["total"]["forwards"] == pytest.approx(sum(step["forwards"] for step in plan["steps"]), abs=len(plan["steps"]))
     assert plan["total"]["seconds"] >= 0
     cli.main([*arguments, "--plan", "--memory", "64GB"], standalone_mode=False)

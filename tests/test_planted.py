@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.planted import ranking, truth
-from benchmarks.planted.experiment import judged
+from benchmarks.planted.experiment import experiment, judged
 from benchmarks.planted.language import Size, base_examples, behavior_examples, contrasts, split_of
 from benchmarks.planted.measuring import holding, magnitude
+from benchmarks.planted.testbeds import Bed, Plan
 from benchmarks.planted.training import Settings, equalise, grouped, installed, masks, norms, train
 from mechmerge.localize.bench import Bench
 from mechmerge.models.components import Component
@@ -173,6 +176,39 @@ def test_idle_and_costly_components_are_left_out_of_rankings() -> None:
     assert told["activation AP"] == pytest.approx(0.5 * (1 / 2) + 0.5 * (2 / 3))
     assert told["activation: not planted, above the sources' median"] == 1
     assert (told["source"], told["idle"], told["costly"], told["relay"]) == (2, 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- experiment
+def test_an_experiment_plants_measures_and_is_resumed(bench: Bench, tmp_path: Path) -> None:
+    """The whole way on a tiny model: each kind in two layers, twice as many distractors, one of them a relay."""
+    before = copies(bench)
+    testbed = Bed(
+        name="tiny",
+        bench=bench,
+        anchor_layer=2,
+        behavior=EXAMPLES,
+        distraction=[([20, 21], [22]), *EXAMPLES],
+        vector=[("a cat", "the dog"), ("a big cat", "the big dog")],
+        score=[("my cat", "your dog"), ("my small cat", "your small dog")],
+        truth=EXAMPLES,
+        settings=Settings(steps=20, batch=2, rate=1e-2, dropped=0.0),
+        plans=(),
+        pairs=1,
+    )
+    plan = Plan("both", {"head": 1, "neuron": 2}, depths=(0, 1), relays=1, distractors=2, pool=None)
+    figures = experiment(testbed, plan, tmp_path, seed=0)
+    assert all(torch.equal(before[name], parameter) for name, parameter in bench.parameters.items())
+    assert figures["tiny/both identity control"] == 0
+    assert figures["tiny/both loss: planted"] < figures["tiny/both loss: base"] - 0.1
+    for kind, planted in (("head", 2), ("neuron", 4)):
+        told = {name.split(": ", 1)[1]: value for name, value in figures.items() if name.startswith(f"tiny/both {kind}: ")}
+        assert told["source"] + told["idle"] == planted
+        assert told["distractor"] + told["relay"] + told["costly"] == 2 * planted
+        moved = told["source"] + told["distractor"] + told["relay"]
+        assert told["magnitude AP"] == pytest.approx(told["source"] / moved), "all moved by as much"
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert experiment(testbed, plan, tmp_path, seed=0) == figures
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files, "nothing is done again"
 
 
 # ------------------------------------------------------------------------------------------------------------------ language

@@ -224,6 +224,16 @@ def test_a_pull_request_removes_what_is_gone(send: Publish, lfs_hub: Hub, run: P
     assert "mechmerge/scores/second/second.safetensors" not in lfs_hub.files(REPO, "refs/pr/1")
 
 
+def test_a_lost_answer_to_a_removal_in_a_pull_request_is_no_conflict(send: Publish, lfs_hub: Hub, run: Path) -> None:
+    send(run)
+    (run / "scores" / "second" / "second.safetensors").unlink()
+    fault = lfs_hub.faults.add("lost", method="POST", pattern=r"/commit/refs")
+    published = send(run, mode="pr")
+    assert fault.struck == 1
+    assert lfs_hub.commits(REPO, "refs/pr/1")[0].sha == published.commit
+    assert "mechmerge/scores/second/second.safetensors" not in lfs_hub.files(REPO, "refs/pr/1")
+
+
 def test_a_branch_is_published_onto_rather_than_main(send: Publish, lfs_hub: Hub, run: Path) -> None:
     published = send(run, mode="branch", branch="trial")
     assert published.revision == "trial"

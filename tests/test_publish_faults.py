@@ -13,9 +13,10 @@ import pytest
 
 from tests.hub.campaign import REPO, Campaign, Case, publish
 from tests.hub.faults import Kind
-from tests.hub.merges import OPTIONS, tiny_merges
+from tests.hub.merges import OPTIONS, sources, tiny_merges
 from tests.hub.runner import CLIENT, PUBLISHER, Done, Runner
 from tests.hub.server import State
+from tests.hub.ways import WAYS, Name
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def test_main_survives_every_fault_of_a_sample(campaign: Campaign) -> None:
         verdict = campaign.run(draw.choice([case for case in cases if case.kind == kind]))
         assert verdict.struck, str(verdict.case)
         assert not verdict.problems, f"{verdict.case}: {verdict.problems}"
+
+
+@pytest.mark.parametrize(("way", "kind"), [("branch", "kill"), ("pr", "lost"), ("direct", "lost"), ("scores", "half")])
+def test_so_does_every_other_way_to_publish(way: Name, kind: Kind, tmp_path: Path) -> None:
+    """One fault each, at a commit of the second publication, where most can go wrong."""
+    (states,) = sources(tmp_path, [way]).values()
+    with Campaign(tmp_path / "campaign", *states, xet=False, way=WAYS[way]) as campaign:
+        start = campaign.start(False)
+        at = [index for index, (request, _) in enumerate(start.requests) if "/commit/" in request]
+        verdict = campaign.run(Case(False, False, kind, at[-1], start.requests[at[-1]][0], way))
+    assert verdict.struck, str(verdict.case)
+    assert not verdict.problems, f"{verdict.case}: {verdict.problems}"
 
 
 class Careless(Campaign):

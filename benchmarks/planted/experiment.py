@@ -10,14 +10,14 @@ import numpy as np
 from benchmarks.planted import ranking, truth
 from benchmarks.planted.measuring import MEASURES, Measurement, anchor_of, magnitude
 from benchmarks.planted.planting import plant
-from benchmarks.planted.testbeds import Plan, Testbed
+from benchmarks.planted.testbeds import Bed, Plan
 from mechmerge.artifacts import Units
 from mechmerge.versions import versions
 
 Figures = dict[str, Any]
 
 
-def experiment(testbed: Testbed, plan: Plan, folder: Path, seed: int) -> Figures:
+def experiment(testbed: Bed, plan: Plan, folder: Path, seed: int) -> Figures:
     """All figures of one plan, named `testbed/plan kind: figure`; what is done is kept in `folder`."""
     bench = testbed.bench
     inputs = {

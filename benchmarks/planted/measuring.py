@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from benchmarks.planted.testbeds import Testbed
+from benchmarks.planted.testbeds import Bed
 from mechmerge.localize.anchor import States, judge
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.measure import Anchor, screen
 from mechmerge.localize.patching import Patcher
+from mechmerge.localize.path import along_path
 from mechmerge.localize.scores import AnchorRecord
 from mechmerge.models.components import Component
 
 Array = np.ndarray
+Source = Callable[[str], torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
 MEASURES = ("screening", "screening_path", "sufficiency", "necessity", "activation")
-NODES = 4
-"""Points of the path from base to expert at which gradients are taken."""
+STEPS = 4
+"""Points on the path from base to expert at which `screening_path` takes gradients."""
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def holding(bench: Bench, tensors: Tensors) -> Iterator[None]:
         put(own)
 
 
-def anchor_of(testbed: Testbed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
+def anchor_of(testbed: Bed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
     """The anchor, made from the testbed's vector prompts and judged on its score prompts."""
     bench, pairs = testbed.bench, [*testbed.vector, *testbed.score]
 
@@ -65,11 +67,10 @@ class Measurement:
         expert: the tensors that differ from the base.
     """
 
-    def __init__(self, testbed: Testbed, anchor: Anchor, expert: Tensors) -> None:
+    def __init__(self, testbed: Bed, anchor: Anchor, expert: Tensors) -> None:
         self.bench, self.anchor, self.expert = testbed.bench, anchor, expert
         self.texts = [x for x, _ in testbed.score]
         ids = [self.bench.tokenizer(text, add_special_tokens=False).input_ids for text in self.texts]
-        self.base = {name: self.bench.parameters[name].detach().clone() for name in expert}
         self.patcher = Patcher(self.bench, ids, anchor)
         self.start = self.patcher.run()
         with holding(self.bench, expert):
@@ -78,39 +79,38 @@ class Measurement:
 
     def theirs(self, name: str) -> torch.Tensor:
         """The expert's tensor of that name."""
-        return self.expert[name] if name in self.expert else self.bench.parameters[name].detach()
+        return self.expert[name] if name in self.expert else self.bench.checkpoint.tensor(name)
 
-    def screening(self, components: Sequence[Component]) -> Array:
-        """First-order change of the state, from the base's gradient."""
+    def screening(self, components: Sequence[Component], steps: int = 0) -> Array:
+        """First-order change of the state, from the base's gradient, or from the mean of `steps` points on the way."""
         batches = [self.bench.encode(self.texts[i : i + 4]) for i in range(0, len(self.texts), 4)]
-        found = screen(self.bench, batches, self.anchor, self.theirs)
-        return np.array([found[c.kind][:, c.layer, c.unit].mean() for c in components]) / self.gap
+        anchors = [self.anchor] * len(batches)
+
+        def measure(origin: Source | None) -> dict[str, Array]:
+            return screen(self.bench, batches, anchors, self.theirs, origin)
+
+        found = along_path(self.bench, self.bench.checkpoint.tensor, self.theirs, steps, measure)
+        return np.asarray([found[c.kind][:, c.layer, c.unit].mean() for c in components]) / self.gap
 
     def screening_path(self, components: Sequence[Component]) -> Array:
-        """The same with the mean gradient of `NODES` midpoints between base and expert (integrated gradients)."""
-        found = []
-        for t in (np.arange(NODES) + 0.5) / NODES:
-            between = {name: tensor + float(t) * (self.expert[name] - tensor) for name, tensor in self.base.items()}
-            with holding(self.bench, between):  # what is left of the change from here on is 1 − t of it
-                found.append(self.screening(components) / (1 - t))
-        return np.mean(found, axis=0)
+        """The same with gradients at `STEPS` points between base and expert."""
+        return self.screening(components, STEPS)
 
     def sufficiency(self, components: Sequence[Component]) -> Array:
         """Recovery with the expert's weights of one component in the base."""
         found = self.patcher.patch(self.start, components, self.theirs)
-        return np.array([found[str(c)].mean() for c in components]) / self.gap
+        return np.asarray([found[str(c)].mean() for c in components]) / self.gap
 
     def necessity(self, components: Sequence[Component]) -> Array:
         """Recovery lost with the base's weights of one component in the expert."""
         with holding(self.bench, self.expert):
-            base = {name: self.base[name] for name in self.expert}
-            found = self.patcher.patch(self.end, components, lambda name: base.get(name, self.bench.weight(name)))
-        return np.array([-found[str(c)].mean() for c in components]) / self.gap
+            found = self.patcher.patch(self.end, components, self.bench.checkpoint.tensor)
+        return np.asarray([-found[str(c)].mean() for c in components]) / self.gap
 
     def activation(self, components: Sequence[Component]) -> Array:
         """Recovery with what one component of the expert computes in the base."""
         found = self.patcher.transplant(self.start, self.end, components, self.theirs)
-        return np.array([found[str(c)].mean() for c in components]) / self.gap
+        return np.asarray([found[str(c)].mean() for c in components]) / self.gap
 
     def control(self, components: Sequence[Component]) -> float:
         """Largest |change of state| with the base's own weights patched in: 0, or the measurement is wrong."""
@@ -129,4 +129,4 @@ def magnitude(bench: Bench, expert: Tensors, components: Sequence[Component]) ->
                 change = expert[block.tensor] - bench.parameters[block.tensor].detach()
                 total += float(change.narrow(block.dim or 0, where.start, block.width).square().sum())
         found.append(np.sqrt(total))
-    return np.round(np.array(found) / max(found), 3)
+    return np.asarray(np.round(np.array(found) / max(found), 3))

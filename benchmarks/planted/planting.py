@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.planted.measuring import Measurement, anchor_of, holding
-from benchmarks.planted.testbeds import Plan, Testbed
+from benchmarks.planted.testbeds import Bed, Plan
 from benchmarks.planted.training import Trained, installed, train
 from benchmarks.planted.truth import loss
 from mechmerge.artifacts import Units
@@ -63,7 +63,7 @@ def draw_pool(
     return pool
 
 
-def plant(testbed: Testbed, plan: Plan, units: Units, seed: int) -> Expert:
+def plant(testbed: Bed, plan: Plan, units: Units, seed: int) -> Expert:
     """Makes the expert of a plan; what is trained is kept in `units`."""
     bench, draw = testbed.bench, random.Random(f"{testbed.name} {plan.name} {seed}")
     sizes = {kind: bench.checkpoint.arch.units(kind) for kind in plan.planted}

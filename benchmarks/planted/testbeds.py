@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Testbed:
+class Bed:
     """A base with everything that planting and measuring need."""
 
     name: str
@@ -67,7 +67,7 @@ class Testbed:
 
 
 # ---------------------------------------------------------------------------------------------------------------- synthetic
-def synthetic(folder: Path, quick: bool) -> Testbed:
+def synthetic(folder: Path, quick: bool) -> Bed:
     """The language model; its base is trained into `folder` when it is not there."""
     size = language.Size(layers=6, width=64, heads=8, neurons=128, words=12, steps=250, batch=64) if quick else language.Size()
     base = folder / "base"
@@ -89,7 +89,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
     heads, neurons = {"head": 2 if quick else 3}, {"neuron": 8}
     plans = (Plan("heads", heads, depths, 3 if quick else 6), Plan("neurons", neurons, depths, 12, pool=40 if quick else 100))
     both = Plan("both", heads | neurons, depths, 6, pool=100)
-    return Testbed(
+    return Bed(
         name="synthetic",
         bench=bench,
         anchor_layer=size.layers - 2,
@@ -105,7 +105,7 @@ def synthetic(folder: Path, quick: bool) -> Testbed:
 
 
 # ------------------------------------------------------------------------------------------------------------------ smollm2
-def smollm2(folder: Path, _quick: bool) -> Testbed:
+def smollm2(folder: Path, _quick: bool) -> Bed:
     """SmolLM2-135M-Instruct as the demo has it; its own answers are kept in `folder`."""
     model = resolve("demo:smollm2-135m-instruct")
     bench = Bench(model)
@@ -146,7 +146,7 @@ def smollm2(folder: Path, _quick: bool) -> Testbed:
     capitals, quotation = (list(obeying(name, "train", said("train"))) for name in ("capitals", "quotation"))
     pairs = [(rendered(p.text), rendered(p.plain)) for p in format_prompts("capitals", "calibrate")]
     depths = (3, 5, 7, 9, 11, 13)
-    return Testbed(
+    return Bed(
         name="smollm2",
         bench=bench,
         anchor_layer=16,

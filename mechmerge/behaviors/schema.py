@@ -32,7 +32,9 @@ class Verifier(Document):
     """How an answer is judged: the name of a checker and its arguments (behaviors/verifiers.py lists them)."""
 
     name: str
-    """An IFEval instruction id, `number` (the last number of the answer is `answer`), `contains`, `python`, or `json`."""
+    """An instruction id of IFEval or IFBench, `number` (the last number of the answer is `answer`), `contains`, `python`, or
+    `json`.
+    """
     arguments: dict[str, Any] = Field(default_factory=dict)
     min_words: int = Field(default=0, ge=0)
     """Shorter answers fail, whatever they look like (0: no floor)."""

@@ -114,9 +114,7 @@ class AnchorFinder:
         Raises:
             LocalizeError: fewer than four topics.
         """
-        made, held_out = halves(topics_of(behavior))
-        if min(len(made), len(held_out)) < 2:
-            raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
+        made, held_out = split(behavior)
         units = self.units(behavior)
         states = States(**units.arrays("states", dict))
         layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
@@ -158,6 +156,18 @@ class AnchorFinder:
             return None
         asked = ask(self.bench(), behavior, [behavior.pairs[i] for i in prompts[:count]])
         return Steering(self.bench(), asked, self.progress)
+
+
+def split(behavior: Behavior) -> tuple[list[int], list[int]]:
+    """Prompts that make the anchor, and prompts that everything is measured on; they share no topic.
+
+    Raises:
+        LocalizeError: fewer than four topics.
+    """
+    made, held_out = halves(topics_of(behavior))
+    if min(len(made), len(held_out)) < 2:
+        raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
+    return made, held_out
 
 
 def topics_of(behavior: Behavior) -> list[str]:

@@ -51,6 +51,8 @@ class Bench:
 
     open: Callable[..., Any] = staticmethod(load_model)
     """Makes the transformers model of a folder, a dtype and a device."""
+    resident = True
+    """Whether all weights stay in memory; if not, every pass through the layers reads them."""
 
     def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu") -> None:
         self.checkpoint = model.checkpoint()

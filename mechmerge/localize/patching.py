@@ -33,7 +33,9 @@ from mechmerge.models.families import Architecture
 Array = np.ndarray
 Source = Callable[[str], torch.Tensor]
 BATCH_BYTES = 170_000_000
-"""Memory of a batch of variants (6000 tokens of SmolLM2-135M in float32): more gains nothing on a CPU."""
+"""Most memory of a batch of variants (6000 tokens of SmolLM2-135M in float32)."""
+CPU_BATCH_BYTES = 40_000_000
+"""The same on a CPU with all weights in memory, where what a layer makes of a batch should fit into the caches."""
 
 
 def token_bytes(arch: Architecture) -> int:
@@ -58,13 +60,16 @@ class Patcher:
         bench: the model that is patched; it holds its own weights again after every call.
         ids: token ids of each prompt.
         readout: what is measured (an `Anchor`, for one).
-        variants: how many run side by side; as many as fit into `BATCH_BYTES` when None.
+        variants: how many run side by side; as many as fit into `BATCH_BYTES` or `CPU_BATCH_BYTES` when None.
     """
 
     def __init__(self, bench: Bench, ids: Sequence[Sequence[int]], readout: Readout, variants: int | None = None) -> None:
         self.bench, self.prompts, self.readout = bench, Prompts(bench, ids, readout), readout
+        self.single = bench.module.dtype == torch.float32
+        """Rounding is fine enough that the model's own readout need not be computed anew in every batch."""
         size = token_bytes(bench.checkpoint.arch) * self.prompts.tokens
-        self.variants = max(1, BATCH_BYTES // size) if variants is None else variants
+        room = CPU_BATCH_BYTES if bench.device == "cpu" and bench.resident else BATCH_BYTES
+        self.variants = max(1, room // size) if variants is None else variants
 
     @torch.no_grad()
     def run(self) -> Run:
@@ -81,8 +86,8 @@ class Patcher:
             source: the other model's tensor by name.
 
         Returns:
-            The change of the readout by component name, float64 [n] each: from the model's own in the same batch, so that a
-            component that equals its own changes nothing at all.
+            The change of the readout by component name, float64 [n] each: exactly 0 where a component equals its own. In half
+            precision it is the change from the model's own in the same batch.
         """
         return self._measure(run, components, lambda site: swap(site, source))
 
@@ -108,11 +113,11 @@ class Patcher:
             here.sort(key=lambda item: item[1].place)
             for start in range(0, len(here), self.variants):
                 batch = here[start : start + self.variants]
-                changes = self._changes(site, [change for _, change in batch])
+                changes = self._changes(run, site, [change for _, change in batch])
                 found |= {name: change for (name, _), change in zip(batch, changes, strict=True)}
         return {str(component): found[str(component)] for component in components}
 
-    def _changes(self, site: Site, changes: Sequence[Change]) -> list[Array]:
+    def _changes(self, run: Run, site: Site, changes: Sequence[Change]) -> list[Array]:
         """What each change of a batch does to the readout, float64 [n]; those of one place stand together.
 
         An output that equals the model's own to the bit changes nothing: in a batch, rounding depends on a row's place.
@@ -124,19 +129,24 @@ class Patcher:
             made = [change.make() for change in group]
             differs = [not all(map(torch.equal, m, own)) for m in made]
             found += [None if d else np.zeros(self.prompts.n) for d in differs]
-            # The model itself is a variant of its own, the first: what the batch's rounding does cancels out.
-            variants = [own, *itertools.compress(made, differs)]
-            if len(variants) > 1:
+            variants = list(itertools.compress(made, differs))
+            if variants:
+                # The model itself is a variant of its own, the first: what the batch's rounding does cancels out. In single
+                # precision that is less than what two ways to run the same model differ by.
+                variants = variants if self.single else [own, *variants]
                 stacked = Stream(torch.cat([v.prefix for v in variants]), torch.cat([v.rest for v in variants]))
                 ends.append(self._beyond(site, place, stacked))
-        measured = iter(self._read(site.layer, ends) if ends else ())
+        measured = iter(self._read(run, site.layer, ends) if ends else ())
         return [next(measured) if change is None else change for change in found]
 
-    def _read(self, layer: int, ends: Sequence[Stream]) -> Iterator[Array]:
-        """The readouts of some groups of variants after a layer, each less that of the group's first."""
+    def _read(self, run: Run, layer: int, ends: Sequence[Stream]) -> Iterator[Array]:
+        """The readouts of some groups of variants after a layer, each less the model's own (the group's first or the run's)."""
         x = Stream(torch.cat([end.prefix for end in ends]), torch.cat([end.rest for end in ends]))
         above = layer == self.readout.layer - 1
         states = (self.prompts.read(x.rest) if above else self.prompts.state(x, layer + 1)).numpy()
+        if self.single:
+            yield from states - run.state
+            return
         start = 0
         for end in ends:
             own, start = start, start + len(end.rest) // self.prompts.n

@@ -148,10 +148,10 @@ class Demand:
     """Most positions whose logits exist at once; 0 where no language head runs."""
     experts: int = 1
     """Experts whose deltas are scored in one backward pass."""
-    held: int = 0
-    """Tokens whose residual streams before all layers stay in memory."""
-    variants: int = 0
-    """Bytes that a batch of variants of the prompts takes."""
+    together: int = 0
+    """Most tokens that run through a layer at once without a gradient."""
+    runs: int = 0
+    """Tokens whose layer inputs stay in memory throughout."""
     whole_deltas: bool = False
     """Whether deltas of all tensors are kept where the model is in memory, and the head's are scored."""
 
@@ -206,15 +206,10 @@ def in_memory_bytes(sizes: Sizes, demand: Demand, item: int) -> int:
     """Memory of a stage that holds the whole model, in bytes; `item` is the size of a weight."""
     deltas = sizes.total * demand.experts if demand.whole_deltas else sizes.layer
     graph = demand.graph * sizes.layers * _saved(sizes)
-    kept = demand.kept * (sizes.layers + 1) * sizes.hidden
+    kept = max(demand.kept, demand.runs) * (sizes.layers + 1) * sizes.hidden
+    graph = max(graph, demand.together * _passing(sizes))
     # Loading reads a file's pages beside the weights made of them; later the other model's layer takes their place.
-    weights = FIXED + item * (sizes.total + deltas + graph + kept) + sizes.stored // 2
-    return weights + _patching(sizes, demand, item) + _logits(sizes, demand, item)
-
-
-def _patching(sizes: Sizes, demand: Demand, item: int) -> int:
-    """Bytes of the passes that patches resume from, and of the variants that run side by side."""
-    return item * demand.held * (sizes.layers + 1) * sizes.hidden + demand.variants
+    return FIXED + item * (sizes.total + deltas + graph + kept) + sizes.stored // 2 + _logits(sizes, demand, item)
 
 
 def streamed_bytes(sizes: Sizes, demand: Demand, item: int) -> int:
@@ -222,19 +217,23 @@ def streamed_bytes(sizes: Sizes, demand: Demand, item: int) -> int:
     stored = sizes.stored / sizes.total
     # A layer, one of deltas, and an expert's as it is stored; the tensor that is being read or subtracted; one layer's graph.
     layer = sizes.layer * (item * (1 + demand.experts) + stored) + sizes.tensor * (stored + 2 * item)
-    layer += item * demand.graph * _saved(sizes)
+    layer += item * max(demand.graph * _saved(sizes), demand.together * _passing(sizes))
     top = sizes.head * (item + stored) if demand.positions else 0
     if demand.positions and demand.whole_deltas:
         top += sizes.head * (item * demand.experts + 2 * 4)
     rows = item * min(sizes.vocabulary, demand.kept) * sizes.hidden
-    # Gradients and patches are of different passes.
-    passes = max(2 * item * demand.kept * sizes.hidden, _patching(sizes, demand, item))
-    return FIXED + int(max(layer + rows, top + _logits(sizes, demand, item)) + passes)
+    gradients = item * (2 * demand.kept + demand.runs * (sizes.layers + 1)) * sizes.hidden
+    return FIXED + int(max(layer + rows, top + _logits(sizes, demand, item)) + gradients)
 
 
 def _saved(sizes: Sizes) -> int:
     """Values that a layer's graph holds for each token."""
     return 14 * sizes.hidden + 6 * sizes.neurons
+
+
+def _passing(sizes: Sizes) -> int:
+    """Values that a layer holds at once for each token without a graph."""
+    return 5 * sizes.hidden + 3 * sizes.neurons
 
 
 def _logits(sizes: Sizes, demand: Demand, item: int) -> int:

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from mechmerge.behaviors.chat import chat_template_of, render
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.localize.anchor import STEERING_STRENGTHS, halves
-from mechmerge.localize.patching import BATCH_BYTES
+from mechmerge.localize.anchoring import topics_of
+from mechmerge.localize.curve_sets import SHARES
+from mechmerge.localize.patching import BATCH_BYTES, token_bytes
 from mechmerge.localize.plan import Demand, Plan, Rates, Sizes, Step, free_memory, make_plan, measure_rates
 from mechmerge.localize.scoring import ROUTERS
+from mechmerge.localize.settings import LocalizeSettings
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.models.components import UNIT_KINDS
-from mechmerge.models.families import Architecture
 from mechmerge.models.load import load_tokenizer
 
 ASSUMED_DEPTH = 0.75
 """Of an anchor whose layer is not chosen yet, as a share of the layers."""
-SHARES = 7
-"""Points of a set curve."""
+AUTO = 4
+"""Components that `--verify auto` is assumed to replace for each that it looks for."""
 ROUND_NODES = 20
 """Most points where the rounds take gradients: five a round, four rounds."""
-AUTO_SHARE = 0.1
-"""Neurons that `--verify auto` is taken to replace; it may take all of them."""
 CANDIDATES = 3
 """Layers that the steering check chooses from."""
-
-
-class LocalizeOptions(Protocol):
-    """The settings of the localize stage that cost depends on."""
-
-    sources: Any
-    measures: Any
-    output_prompts: int
-    anchor_layer: int | None
-    verify: int | Literal["auto"]
-    top: int
-    steering_prompts: int
-    curves: bool
-    curve_seeds: int
-    curve_output_shares: Any
-    curve_pass_prompts: int
-    batch: int
-    dtype: Any
-    device: str
-    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -58,20 +37,37 @@ class Prompts:
     """Tokens of each prompt that asks for the behaviour."""
     plain: list[int]
     """Tokens of each prompt that does not."""
+    shared: int
+    """Tokens that all those that ask begin with."""
 
     @classmethod
     def of(cls, behavior: Behavior, tokenizer: Any) -> Prompts:
         """Renders and tokenizes all of them."""
         template = chat_template_of(tokenizer, behavior.chat_template)
 
-        def count(texts: Sequence[str]) -> list[int]:
+        def encode(texts: Sequence[str]) -> list[list[int]]:
             rendered = [render(tokenizer, text, template) for text in texts]
-            return [len(ids) for ids in tokenizer(rendered, add_special_tokens=template is None).input_ids]
+            ids: list[list[int]] = tokenizer(rendered, add_special_tokens=template is None).input_ids
+            return ids
 
-        return cls(behavior, count([pair.with_ for pair in behavior.pairs]), count([pair.without for pair in behavior.pairs]))
+        asking, plain = (encode([getattr(p, side) for p in behavior.pairs]) for side in ("with_", "without"))
+        # What the first and the last in order share, all share.
+        first, last = min(asking), max(asking)
+        shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        return cls(behavior, [len(ids) for ids in asking], [len(ids) for ids in plain], shared)
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens of a prompt that asks."""
+        return sum(self.asking) / len(self.asking)
+
+    @property
+    def held_out(self) -> int:
+        """How many of them scores are measured on."""
+        return len(halves(topics_of(self.behavior))[1])
 
 
-def plan_localize(base: Checkpoint, behaviors: Sequence[Behavior], settings: LocalizeOptions, *, timed: bool = False) -> Plan:
+def plan_localize(base: Checkpoint, behaviors: Sequence[Behavior], settings: LocalizeSettings, *, timed: bool = False) -> Plan:
     """The plan of `localize` for behaviours cut to their prompts.
 
     Args:
@@ -79,95 +75,91 @@ def plan_localize(base: Checkpoint, behaviors: Sequence[Behavior], settings: Loc
     """
     tokenizer = load_tokenizer(base.folder)
     found: list[Step] = []
-    largest = kept = positions = held = 0
+    demands: list[Demand] = []
     lengths: list[int] = []
     for behavior in behaviors:
         prompts = Prompts.of(behavior, tokenizer)
         lengths += prompts.asking
-        found += _localize_steps(prompts, settings, base.arch)
-        _, held_out = halves([pair.topic or str(i) for i, pair in enumerate(behavior.pairs)])
-        longest = max(prompts.asking) + (behavior.answer_tokens if "loss" in settings.sources else 0)
-        held = max(held, 2 * len(held_out) * longest)
-        largest = max(largest, min(settings.batch, len(held_out)) * longest)
-        kept = max(kept, sum(prompts.asking), len(held_out) * longest)
-        if (
-            settings.curves
-            or settings.output_prompts
-            or "loss" in settings.sources
-            or (behavior.verifier is not None and settings.steering_prompts)
-        ):
-            positions = max(positions, len(held_out), behavior.answer_tokens)
-    demand = Demand(graph=largest, kept=kept, positions=positions, held=held, variants=BATCH_BYTES)
-    return _finish(base, found, demand, sum(lengths) / max(len(lengths), 1), settings, timed)
+        found += _Localization(prompts, settings, base).steps()
+        answered = behavior.answer_tokens if "loss" in settings.sources else 0
+        n, longest = prompts.held_out, max(prompts.asking) + answered
+        says = settings.curves or settings.output_prompts or "loss" in settings.sources
+        demands.append(
+            Demand(
+                graph=min(settings.batch, n) * longest,
+                kept=max(sum(prompts.asking), n * longest),
+                positions=max(n, behavior.answer_tokens + 1) if says or behavior.verifier is not None else 0,
+                together=max(BATCH_BYTES // token_bytes(base.arch), n * longest),
+                runs=2 * n * longest,
+            )
+        )
+    largest = Demand(**{key: max(getattr(demand, key) for demand in demands) for key in vars(demands[0])})
+    return _finish(base, found, largest, sum(lengths) / len(lengths), settings, timed)
 
 
-def _localize_steps(prompts: Prompts, settings: LocalizeOptions, arch: Architecture) -> list[Step]:
-    behavior, name, layers = prompts.behavior, prompts.behavior.name, arch.layers
-    mean, answer = sum(prompts.asking) / len(prompts.asking), behavior.answer_tokens
-    n = len(halves([pair.topic or str(i) for i, pair in enumerate(behavior.pairs)])[1])
-    steps: list[Step] = []
-    for source in settings.sources:
-        if source == "anchor":
+class _Localization:
+    """The steps of one behaviour."""
+
+    def __init__(self, prompts: Prompts, settings: LocalizeSettings, base: Checkpoint) -> None:
+        self.prompts, self.settings, self.arch = prompts, settings, base.arch
+        self.behavior, self.n = prompts.behavior, prompts.held_out
+
+    def steps(self) -> Iterator[Step]:
+        settings, prompts, name, layers = self.settings, self.prompts, self.behavior.name, self.arch.layers
+        if "anchor" in settings.sources:
             both = 2 * sum(prompts.asking) + sum(prompts.plain)
-            steps.append(Step(f"{name}: states of base and expert", both, reads=3, loads=3))
-            if behavior.verifier is not None and settings.steering_prompts:
+            yield Step(f"{name}: states of base and expert", both, reads=3, loads=3)
+            if self.behavior.verifier is not None and settings.steering_prompts:
                 tries = 1 + len(STEERING_STRENGTHS) + (0 if settings.anchor_layer else CANDIDATES)
-                steps.append(_answers(f"{name}: steering check", tries, min(n, settings.steering_prompts), mean, behavior))
-            below = settings.anchor_layer or max(1, round(ASSUMED_DEPTH * layers))
-            steps += _source_steps(name, settings, arch, below, n, mean)
-            if asked := min(n, settings.output_prompts):
-                steps.append(_answers(f"{name}: expert's answers", 1, asked, mean, behavior))
-                above = (layers - below) / layers
-                patches, half = 3 * (layers - below), above / 2
-                tokens = asked * (mean + answer)
-                steps.append(Step(f"{name}: output", patches * tokens * half + tokens, reads=patches * half + 1, loads=above))
-        else:
-            steps.append(_answers(f"{name}: expert's answers", 1, n, mean, behavior))
-            steps += _source_steps(f"{name} by loss", settings, arch, layers, n, mean + answer)
+                yield _answers(f"{name}: steering check", tries, min(self.n, settings.steering_prompts), prompts)
+            depth = (settings.anchor_layer or max(1, round(ASSUMED_DEPTH * layers))) / layers
+            yield from self._scores("anchor", depth, 0)
+            if settings.output_prompts:
+                asked = min(self.n, settings.output_prompts)
+                yield _answers(f"{name}: expert's answers on the output", 1, asked, prompts)
+                patches = round(3 * (1 - depth) * layers)
+                yield self._patches(f"{name}: output after the anchor", patches, asked, depth, 1, self.behavior.answer_tokens)
+        if "loss" in settings.sources:
+            yield _answers(f"{name}: expert's answers", 1, self.n, prompts)
+            yield from self._scores("loss", 1.0, self.behavior.answer_tokens)
+
+    def _scores(self, source: str, depth: float, answer: int) -> Iterator[Step]:
+        settings, n, layers, arch = self.settings, self.n, self.arch.layers, self.arch
+        name, length = f"{self.behavior.name} on the {source}", self.prompts.mean + answer
+        tokens, batches = n * length * depth, -(-n // settings.batch)
+        yield Step(f"{name}: screening", 3 * tokens, again=tokens, reads=3 * depth, loads=batches * depth)
+        verified = 3 * (AUTO * settings.top if settings.verify == "auto" else settings.verify)
+        routers = min(ROUTERS, layers) * (arch.heads + arch.kv_groups) if verified and "activation" in settings.measures else 0
+        patches = round(3 * depth * layers) + verified + routers
+        for measure in dict.fromkeys(("sufficiency", *settings.measures)):
+            yield self._patches(f"{name}: {measure}", patches, n, 0.0, depth, answer)
         if settings.curves:
-            told = name if source == "anchor" else f"{name} by loss"
-            steps += _curve_steps(told, settings, below / layers if source == "anchor" else 1.0, n, mean, behavior)
-    return steps
+            yield from self._curves(name, depth, answer)
+
+    def _patches(self, name: str, count: int, n: int, start: float, stop: float, answer: int) -> Step:
+        """Single patches spread evenly over the layers between two depths, each run from its layer to the end."""
+        variant = self.prompts.shared + n * (self.prompts.mean + answer - self.prompts.shared)
+        layers = max(1, round((stop - start) * self.arch.layers))
+        half = (stop - start + 1 / self.arch.layers) / 2
+        passes = layers * -(-count // (layers * max(1, int(BATCH_BYTES // (token_bytes(self.arch) * variant)))))
+        return Step(name, count * variant * half, reads=2 * (passes * half + layers / self.arch.layers), loads=stop - start)
+
+    def _curves(self, name: str, depth: float, answer: int) -> Iterator[Step]:
+        settings, n, said = self.settings, self.n, self.behavior.answer_tokens
+        orders, shares = 2 + settings.curve_seeds, len(settings.curve_output_shares)
+        points, outputs = orders * (len(SHARES) - 1) + 2, orders * max(shares - 1, 0) + 2
+        tokens = n * (self.prompts.mean + answer) * depth * points + n * (self.prompts.mean + said) * outputs
+        yield Step(f"{name}: set curves", tokens, reads=points * depth + outputs, loads=orders * depth)
+        yield _answers(f"{name}: expert's answers on the curves", 1, n, self.prompts)
+        if self.behavior.verifier is not None and settings.curve_pass_prompts:
+            asked = min(n, settings.curve_pass_prompts)
+            yield _answers(f"{name}: curves' pass rates", 1 + 2 * shares, asked, self.prompts)
 
 
-def _source_steps(name: str, settings: LocalizeOptions, arch: Architecture, below: int, n: int, mean: float) -> list[Step]:
-    """Screening and patching of `n` texts of `mean` tokens below a layer; tokens that prompts share are counted for each."""
-    depth = below / arch.layers
-    batches = -(-n // settings.batch)
-    steps = [Step(f"{name}: screening", 3 * n * mean * depth, again=n * mean * depth, reads=3 * depth, loads=batches * depth)]
-    grouped = arch.heads + arch.kv_groups
-    if settings.verify == "auto":
-        units = below * grouped + AUTO_SHARE * below * arch.neurons
-    else:
-        units = sum(min(settings.verify, below * arch.units(kind)) for kind in UNIT_KINDS)
-        if "activation" in settings.measures and settings.verify:
-            units += min(ROUTERS, below) * grouped
-    half = (depth + 1 / arch.layers) / 2
-    titles = {"sufficiency": "weight patching", "necessity": "knockout", "activation": "activation patching"}
-    for measure, title in titles.items():
-        if measure == "sufficiency" or measure in settings.measures:
-            patches = 3 * below + units
-            steps.append(Step(f"{name}: {title}", patches * n * mean * half, reads=patches * half + depth, loads=depth))
-    return steps
-
-
-def _curve_steps(name: str, settings: LocalizeOptions, depth: float, n: int, mean: float, behavior: Behavior) -> list[Step]:
-    orders, shares, answer = 2 + settings.curve_seeds, len(settings.curve_output_shares), behavior.answer_tokens
-    points = orders * (SHARES - 1) + 2
-    outputs = orders * max(shares - 1, 0) + 2
-    tokens = n * mean * depth * points + n * (mean + answer) * outputs
-    steps = [Step(f"{name}: set curves", tokens, reads=points * depth + outputs, loads=orders * depth)]
-    steps.append(_answers(f"{name}: expert's answers to the curves' prompts", 1, n, mean, behavior))
-    if behavior.verifier is not None and settings.curve_pass_prompts:
-        asked = min(n, settings.curve_pass_prompts)
-        steps.append(_answers(f"{name}: curves' pass rates", 1 + 2 * shares, asked, mean, behavior))
-    return steps
-
-
-def _answers(name: str, tries: int, prompts: int, mean: float, behavior: Behavior) -> Step:
-    """Answers of `prompts` prompts, all in one batch, `tries` times."""
-    answer = behavior.answer_tokens
-    return Step(name, tries * prompts * (mean + answer), reads=tries * answer, tokens_one_by_one=tries * answer)
+def _answers(name: str, tries: int, asked: int, prompts: Prompts) -> Step:
+    """Answers to so many prompts, all in one batch, `tries` times."""
+    answer = prompts.behavior.answer_tokens
+    return Step(name, tries * asked * (prompts.mean + answer), reads=tries * answer, tokens_one_by_one=tries * answer)
 
 
 class EffectOptions(Protocol):
@@ -203,9 +195,9 @@ def plan_effects(
         for behavior in members:
             each = max(2, settings.prompts // len(members))
             prompts = Prompts.of(behavior.model_copy(update={"pairs": behavior.pairs[:each]}), tokenizer)
-            n, mean = len(prompts.asking), sum(prompts.asking) / len(prompts.asking)
+            n = len(prompts.asking)
             lengths += prompts.asking
-            answers.append(_answers(f"{behavior.name}: answers of {expert}", 1, n, mean, behavior))
+            answers.append(_answers(f"{behavior.name}: answers of {expert}", 1, n, prompts))
             total += sum(prompts.asking) + n * behavior.answer_tokens
             longest = max(longest, max(prompts.asking) + behavior.answer_tokens)
             positions = max(positions, n, settings.batch * (behavior.answer_tokens + 1))
@@ -286,7 +278,7 @@ def _finish(
     steps: Sequence[Step],
     demand: Demand,
     mean: float,
-    settings: LocalizeOptions | EffectOptions,
+    settings: LocalizeSettings | EffectOptions,
     timed: bool,
 ) -> Plan:
     rates = measure_rates(base, settings.dtype, settings.device) if timed else Rates(1.0, 1.0, 1.0)

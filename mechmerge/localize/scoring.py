@@ -23,7 +23,7 @@ from mechmerge.localize.measure import Source, best_units, screen
 from mechmerge.localize.patching import Patcher, Run
 from mechmerge.localize.path import along_path
 from mechmerge.localize.resume import Readout
-from mechmerge.localize.settings import Measure
+from mechmerge.localize.settings import MEASURES, Measure
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.components import SCORED_KINDS, UNIT_KINDS, Component, parse_component
 from mechmerge.progress import SILENT, Progress
@@ -89,6 +89,7 @@ class Scorer:
         self.base, self.expert, self.units, self.key, self.name, self.progress = base, expert, units, key, name, progress
         self.source, self.own = layer_source(expert), layer_source(base)
         self._on_bench = "base"
+        self._known: dict[Measure, dict[str, Array]] = {measure: {} for measure in MEASURES}
 
     # ------------------------------------------------------------------------------------------------------------ apparatus
     @functools.cached_property
@@ -153,20 +154,24 @@ class Scorer:
                 the base's weights in; `activation`: the expert's activations in the base.
             components: any of layers below the readout.
         """
-        found: dict[str, Array] = {}
-        ordered = sorted(set(components), key=lambda component: (component.layer, component.kind, component.unit))
+        known, asked = self._known[measure], set(components)
+        new = sorted((c for c in asked if str(c) not in known), key=lambda c: (c.layer, c.kind, c.unit))
         try:
-            for layer, here in groupby(ordered, key=lambda component: component.layer):
-                asked = list(here)
-                names = digest([str(component) for component in asked])[:12]
-                compute = functools.partial(self._patch, measure, asked)
-                found |= self.units.arrays(f"{self.key}-{measure}-{layer}-{names}", compute)
+            for layer, here in groupby(new, key=lambda component: component.layer):
+                together = list(here)
+                names = digest([str(component) for component in together])[:12]
+                compute = functools.partial(self._patch, measure, together)
+                known |= self.units.arrays(f"{self.key}-{measure}-{layer}-{names}", compute)
                 self.progress.advance()
         finally:
             self._hold("base")
-        if not all(np.isfinite(change).all() for change in found.values()):
+        if not all(np.isfinite(known[str(component)]).all() for component in new):
             raise LocalizeError(self.name, expected="finite scores", found="NaN", fix="try --dtype float32")
-        return found
+        return {str(component): known[str(component)] for component in asked}
+
+    def all_patched(self, measure: Measure) -> dict[str, Array]:
+        """Everything that `patched` has found."""
+        return dict(self._known[measure])
 
     def _patch(self, measure: Measure, components: Sequence[Component]) -> dict[str, Array]:
         match measure:
@@ -240,7 +245,7 @@ class Scorer:
     def settled(
         self, means: Mapping[str, Array], scale: float, top: int, confidence: float, seed: int
     ) -> tuple[list[Component], dict[str, VerificationRecord]]:
-        """Components replaced until the `top` best of each kind are known (localize/adaptive.py), with what is known.
+        """The `top` best components of each kind, after replacing as many as it takes to know them (localize/adaptive.py).
 
         Args:
             means: the screen of each kind, [L, U], in the readout's unit.
@@ -268,7 +273,7 @@ class Scorer:
                 seed=seed,
             )
             records[kind] = result.record
-            chosen += [Component(int(index) // units, kind, int(index) % units) for index in result.indices]
+            chosen += [Component(int(index) // units, kind, int(index) % units) for index in result.best]
         return chosen, records
 
 

@@ -46,6 +46,7 @@ class StreamedBench(Bench):
     """
 
     open = staticmethod(empty_model)
+    resident = False
 
     def __init__(self, model: Model, dtype: str = "float32", device: str = "cpu", kept: int = KEPT) -> None:
         super().__init__(model, dtype, device)

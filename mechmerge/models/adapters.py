@@ -59,7 +59,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
 
 
 def _merge(base: Path, adapter: Path, folder: Path) -> None:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     from mechmerge.models.load import load_model, quiet
@@ -68,7 +68,7 @@ def _merge(base: Path, adapter: Path, folder: Path) -> None:
     try:
         with quiet():
             model = PeftModel.from_pretrained(load_model(base), adapter, torch_device="cpu")
-            expected = {n.replace(".default.", ".") for n in model.state_dict() if "lora_" in n}
+            expected = {name for name in get_peft_model_state_dict(model) if "lora_" in name}
             given = set(read_header(adapter / WEIGHTS))
             missing = sorted(n for n in given - expected if "lora_" in n) + sorted(expected - given)
             if missing:

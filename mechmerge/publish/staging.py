@@ -210,6 +210,11 @@ class _Sending:
         plan = make_plan(self.outbox, self.plan.repo, self.plan.target, commit, self.repository.files(commit))
         return None if plan.changes or commit == self.parent else commit
 
+    def _without(self, paths: Sequence[str], revision: str) -> str | None:
+        """A revision's commit, if it holds none of these files: by a commit whose answer was lost."""
+        commit = self.repository.commit_of(revision)
+        return None if set(paths) & self.repository.files(commit).keys() else commit
+
     def _clean_up(self) -> None:
         try:
             self.repository.delete_branch(self.staging)
@@ -224,7 +229,10 @@ class _Sending:
         commit = self._stage(revision)
         stale = [path for path in self.plan.delete if path in self.repository.files(commit)]
         if stale:
-            commit = self.repository.replace(revision, commit, f"Remove what {self.outbox.title} no longer has", delete=stale)
+            message = f"Remove what {self.outbox.title} no longer has"
+            commit = self.repository.replace(
+                revision, commit, message, delete=stale, done=lambda: self._without(stale, revision)
+            )
         self.repository.open_pull_request(number)
         return result.model_copy(
             update={

@@ -263,9 +263,9 @@ class Campaign:
         return commits[: shas.index(before) if before in shas else -1]
 
     def _check_history(self, start: Start) -> list[str]:
-        """The branch grew by commits only: its old head is below, and at most one of them is ours."""
+        """The branch grew by commits only: its old head is below, and at most one of them is ours. A pull request may grow."""
         repository, revision = self.repository, self.way.revision
-        if repository is None or revision not in repository.heads:
+        if repository is None or revision not in repository.heads or self.way.name == "pr":
             return []
         old = start.state.repositories.get((self.way.kind, REPO))
         before = None if old is None else old.heads.get(revision, old.heads["main"])
