@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mechmerge.behaviors.chat import chat_template_of, render
-from mechmerge.behaviors.schema import Behavior, Pair, load_group
+from mechmerge.behaviors.schema import Behavior, Pair, Verifier, load_group
 from mechmerge.errors import InputError, LocalizeError
 from mechmerge.evaluate.suites import load_suite
 from mechmerge.localize.anchor import halves
@@ -370,6 +370,10 @@ def test_the_plan_counts_at_least_what_nodes_take(deep: Model, experts: dict[str
     assert not plan.streamed
     assert costs["effects at 6 nodes"] == pytest.approx(12 * 6 * (2 + 3) * 2 / LAYERS), "12 prompts, 2 of 6 layers"
     assert costs["title of a: states of base and expert"] > 0
+    assert not any("steering" in name for name in costs)
+    judged = behavior("loud").model_copy(update={"verifier": Verifier(name="change_case:english_capital")})
+    steered = plan_matrix(deep.checkpoint(), 1, [BehaviorRow("loud", (judged,), "a")], settings)
+    assert any(cost.name == "loud of a: steering check" and cost.forwards > 0 for cost in steered.costs)
     assert plan_matrix(deep.checkpoint(), 3, rows(), settings.model_copy(update={"metric": "loss"})).costs != plan.costs
 
 

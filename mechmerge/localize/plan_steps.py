@@ -240,17 +240,16 @@ def plan_anchor_effects(
     steps: list[Step] = []
     lengths: list[int] = []
     depth = (chosen or max(1, round(ASSUMED_DEPTH * layers))) / layers
-    longest = positions = states = 0
-    batches = 0
+    longest = positions = states = batches = 0
     for expert, behavior, measured in members:
         prompts = Prompts.of(behavior, tokenizer)
         own = [prompts.asking[i] for i in measured]
-        both, mean = 2 * sum(prompts.asking) + sum(prompts.plain), sum(prompts.asking) / len(prompts.asking)
+        both = 2 * sum(prompts.asking) + sum(prompts.plain)
         steps.append(Step(f"{behavior.name} of {expert}: states of base and expert", both, reads=3, loads=3))
         asked = 0 if behavior.verifier is None else min(len(prompts.asking) - len(own), steering)
         if asked:
             tries = 1 + len(STEERING_STRENGTHS) + (0 if chosen else CANDIDATES)
-            steps.append(_answers(f"{behavior.name} of {expert}: steering check", tries, asked, mean, behavior))
+            steps.append(_answers(f"{behavior.name} of {expert}: steering check", tries, asked, prompts))
             positions = max(positions, asked, behavior.answer_tokens)
         lengths += own
         batches += -(-len(own) // settings.batch)
