@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from mechmerge.behaviors import nltk_data
 from mechmerge.behaviors.code_prompts import code_tasks
 from mechmerge.behaviors.instructions import behavior_of_instruction, instruction_prompts, instructions
 from mechmerge.behaviors.prompts import SPLITS, material
-from mechmerge.behaviors.punkt import ensure_punkt
 from mechmerge.behaviors.schema import builtin_names, load_behavior
 from mechmerge.behaviors.verifiers import IFEVAL, NEED_PUNKT, check_arguments, verify
 from mechmerge.errors import InputError, MissingError
@@ -114,7 +114,7 @@ def test_a_good_answer_passes_and_bad_ones_fail(name: str) -> None:
     assert verifier is not None
     if verifier.name in NEED_PUNKT:
         try:
-            ensure_punkt()
+            nltk_data.ensure("punkt_tab")
         except MissingError as error:
             pytest.skip(str(error))
     good, bad = ANSWERS[name]
