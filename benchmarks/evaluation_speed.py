@@ -2,11 +2,13 @@
 
 SmolLM2-135M-Instruct answers the test prompts of the suite `formats`: here as `evaluate` asks it, and as `HFLM.generate_until`
 of lm-eval with batches of 8, 16, 32 and 64 (its batch size is set, all else is left as it is). Both get the same model folder,
-dtype, rendered prompts, limit of tokens and end tokens, greedy. They take turns, in the opposite order every other round;
-of every setting the fastest round counts. Timed is generation alone: loading models and importing packages is outside.
+dtype, rendered prompts, limit of tokens and end tokens, greedy. Ours takes batches of 32 and 64. They take turns, in the
+opposite order every other round; of every setting the fastest round counts, and of either side the best batch. Timed is
+generation alone: loading models and importing packages is outside. Both want a machine to themselves: the load averages that
+are shown are those of one minute before the start and the end, and a run on two threads makes about 2 by itself.
 
-- `throughput_ratio`: our prompts a second over those of lm-eval's best batch, bfloat16. `--quick` asks for no less than theirs:
-  16 prompts fill no batch, and what is the same for any number of prompts is no share of a real evaluation.
+- `throughput_ratio`: prompts a second of our best batch over those of lm-eval's best, bfloat16. `--quick` asks for no less
+  than theirs: 16 prompts fill no batch, and what is the same for any number of prompts is no share of a real evaluation.
 - `overhead_share`: of an evaluation's time without loading, what is not generation: tokenizing, verdicts, files, statistics.
 - `same_answers_fp32_share`: of an even part of the prompts, answers in float32 that are equal to lm-eval's, letter by letter.
 """
@@ -14,6 +16,7 @@ of every setting the fastest round counts. Timed is generation alone: loading mo
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +34,7 @@ from mechmerge.models.load import load_tokenizer, quiet
 from mechmerge.models.references import Model, resolve
 
 BATCHES = (8, 16, 32, 64)
+OURS = (32, 64)
 GOALS = {
     "throughput_ratio": Goal(1.5, at_most=False),
     "overhead_share": Goal(0.05),
@@ -91,12 +95,13 @@ def same(ours: list[str], theirs: list[str]) -> float:
 @click.command()
 @click.option("--quick", is_flag=True)
 @click.option("--save", is_flag=True)
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts a batch, ours.")
+@click.option("--batch", "ours", multiple=True, type=click.IntRange(min=1), default=OURS, show_default=True, help="Ours.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-def main(quick: bool, save: bool, batch: int, threads: int, rounds: int) -> None:
+def main(quick: bool, save: bool, ours: tuple[int, ...], threads: int, rounds: int) -> None:
     """Measure answers a second against lm-eval's hf backend."""
     set_threads(threads)
+    load = os.getloadavg()[0]
     model = resolve("demo:smollm2-135m-instruct")
     whole = load_suite("formats")
     suite, batches, rounds = (limited(whole, 16), (8, 16), 1) if quick else (whole, BATCHES, rounds)
@@ -104,34 +109,38 @@ def main(quick: bool, save: bool, batch: int, threads: int, rounds: int) -> None
     Ours(model, limited(whole, 2), dtype="bfloat16")  # imports, and pages of the files
     theirs = Theirs(model, "bfloat16")
     theirs.answers(limited(whole, 2), 2)
-    seconds: dict[int, list[float]] = {size: [] for size in batches}
+    settings = [("ours", size) for size in ours[: 1 if quick else None]] + [("lm-eval", size) for size in batches]
+    seconds: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}
     mine: list[Ours] = []
     texts: list[str] = []
     for turn in range(rounds):
-        for size in (None, *batches) if turn % 2 == 0 else (*batches[::-1], None):
-            if size is None:
-                mine.append(Ours(model, suite, dtype="bfloat16", batch=batch))
+        for who, size in settings if turn % 2 == 0 else settings[::-1]:
+            if who == "ours":
+                mine.append(Ours(model, suite, dtype="bfloat16", batch=size))
+                seconds[who, size].append(mine[-1].generation)
             else:
                 taken, texts = theirs.answers(suite, size)
-                seconds[size].append(taken)
+                seconds[who, size].append(taken)
+            print(f"{who}, batch {size}: {seconds[who, size][-1]:.1f} s", flush=True)
     del theirs
     fp32 = Theirs(model, "float32").answers(few, 8)[1]
-    best, fastest = min(mine, key=lambda ours: ours.generation), min(map(min, seconds.values()))
+    best = min(mine, key=lambda one: one.generation)
+    fastest = min(min(taken) for (who, _), taken in seconds.items() if who == "lm-eval")
+    fp32_ours = {exact: Ours(model, few, dtype="float32", batch=ours[0], exact=exact).texts for exact in (False, True)}
     figures: dict[str, Any] = {
         "prompts": len(suite.prompts),
         "rounds": rounds,
         "threads": threads,
-        "our batch": batch,
+        "load average before": load,
         "our tokens a second": best.tokens / best.generation,
-        "our prompts a second": len(suite.prompts) / best.generation,
-        **{f"lm-eval prompts a second, batch {size}": len(suite.prompts) / min(taken) for size, taken in seconds.items()},
+        **{f"{who}: prompts a second, batch {size}": len(suite.prompts) / min(taken) for (who, size), taken in seconds.items()},
         "throughput_ratio": fastest / best.generation,
-        "throughput_ratio, slowest of ours": fastest / max(ours.generation for ours in mine),
-        "overhead_share": max(ours.overhead for ours in mine),
+        "overhead_share": max(one.overhead for one in mine),
         "same_answers_bf16_share": same(best.texts, texts),
         "prompts in fp32": len(few.prompts),
-        "same_answers_fp32_share": same(Ours(model, few, dtype="float32", batch=batch).texts, fp32),
-        "same_answers_exact_share": same(Ours(model, few, dtype="float32", batch=batch, exact=True).texts, fp32),
+        "same_answers_fp32_share": same(fp32_ours[False], fp32),
+        "same_answers_exact_share": same(fp32_ours[True], fp32),
+        "load average after": os.getloadavg()[0],
     }
     finish("evaluation_speed", figures, QUICK_GOALS if quick else GOALS, save, quick)
 
