@@ -226,9 +226,7 @@ class Prompts:
         return keys.given
 
     def _call(self, layer: int, x: torch.Tensor, arguments: Arguments, keys: Keys) -> torch.Tensor:
-        positional, keywords = arguments.with_cache(keys)
-        output = self.bench.layers[layer](x, *positional, **keywords)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return self.bench.step(layer, x, arguments.with_cache(keys))
 
     # ----------------------------------------------------------------------------------------------------------------- run
     def run(self) -> list[Stream]:
