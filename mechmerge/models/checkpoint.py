@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.artifacts import sha256_file
 from mechmerge.errors import CheckpointError
 from mechmerge.models.components import Block, Layout
+from mechmerge.models.digests import file_digest
 from mechmerge.models.families import Architecture, architecture
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ SINGLE = "model.safetensors"
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file, checked against the file's size (no tensor is read).
+
+    Returns:
+        By tensor: `dtype`, `shape`, `data_offsets` as stored, `start` (its first byte's place in the file) and `bytes`.
 
     Raises:
         CheckpointError: a Git-LFS pointer, a truncated file, or no safetensors file at all.
@@ -49,6 +52,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         for entry in header.values():
             entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            entry["start"] = 8 + length + int(entry["data_offsets"][0])
+            entry["bytes"] = int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
     except OSError as error:
         raise CheckpointError(where, expected="a readable file", found=str(error)) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -210,7 +215,7 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """sha256 of every shard, by file name."""
-        return {name: sha256_file(self.folder / name) for name in sorted(set(self.files.values()))}
+        return {name: file_digest(self.folder / name) for name in sorted(set(self.files.values()))}
 
     def check_complete(self) -> None:
         """Every parameter is owned by a component, and every module the family needs is there with the config's sizes.
