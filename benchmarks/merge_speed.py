@@ -3,9 +3,9 @@
 A random bf16 trio (base and two experts) of Llama-3.2-1B's shape is written to a temporary folder, and merged by recipes that
 take 10 % of each expert's head, kv and neuron parameters: neurons at coefficient 0.8, spread over all layers or gathered in a
 third of them. Five runs of `cp --reflink=never` of the base (with the same fsync) and of the direct writer alternate; figures
-are the ratios of their medians. *warm*: the inputs were read before; *cold*: their pages were dropped (POSIX_FADV_DONTNEED; what a
-virtual machine's host caches is out of reach). mergekit runs the same recipe through our merge method, and the dense merge
-(both experts at 0.5) through its own task arithmetic.
+are the ratios of their medians. *warm*: the inputs were read before; *cold*: their pages were dropped (POSIX_FADV_DONTNEED;
+what a virtual machine's host caches is out of reach). mergekit runs the same recipe through our merge method, and the dense
+merge (both experts at 0.5) through its own task arithmetic.
 
 Everything measured runs in a process of its own and is timed without its imports. The writer's time is that of `mechmerge merge
 --no-verify`: finding and checking the models (digests of unchanged files are remembered), writing, fsync, the final rename.

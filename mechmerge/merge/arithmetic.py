@@ -10,11 +10,12 @@ of a zero. Everything is done element by element, so no order of work and no num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from mechmerge.merge.cuts import copied_from
+from mechmerge.merge.cuts import BASE
 from mechmerge.recipe.schema import Array
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -23,49 +24,51 @@ Index = Array | slice
 """Rows or columns: a contiguous run, or their ascending numbers."""
 
 
-def combine(out: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor], values: Array, dim: int) -> bool:
+def combine(
+    out: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor], values: Array, who: Array, dim: int
+) -> bool:
     """Writes the merged values over `out`, which holds the base's already.
 
     Args:
         out: [rows, columns], contiguous, in the output dtype.
         base: the base's values, [rows, columns], in any floating dtype.
-        experts: likewise, in the recipe's order.
+        experts: likewise, in the recipe's order; those with no coefficient but 0 are not looked at.
         values: float32 [experts, rows or columns].
+        who: `copied_from(values)`.
         dim: 0 where `values` belong to rows, 1 where they belong to columns.
 
     Returns:
         Whether all computed values are finite (those copied are not looked at).
     """
-    who = copied_from(values)
-    for k, expert in enumerate(experts):
-        own = np.flatnonzero(who == k)
-        if own.size:
-            index = as_run(own)
-            put(out, index, take(expert, index, dim), dim)
-    summed = np.flatnonzero(who == -2)
+    for kind in np.unique(who[who > BASE]):
+        own = as_run(np.flatnonzero(who == kind))
+        put(out, own, take(experts[int(kind)], own, dim), dim)
+    summed = np.flatnonzero(who < BASE)
     if not summed.size:
         return True
-    index = as_run(summed)
-    # float() may be the parent itself, which nobody may write into: the difference is a new tensor.
+    # Rows of one kind (the same experts enter) side by side, so that every kind is a slice of what was gathered.
+    kinds = who[summed]
+    order = summed if (kinds == kinds[0]).all() else summed[np.argsort(kinds, kind="stable")]
+    starts = [0, *(np.flatnonzero(np.diff(who[order])) + 1).tolist(), order.size]
+    index = as_run(order) if len(starts) == 2 else order
+    # float() may be the parent itself, which nobody may write into: the sum is a tensor of its own.
     start = take(base, index, dim).float()
-    total = None
-    for k, expert in enumerate(experts):
-        mine = values[k, summed]
-        part = np.flatnonzero(mine)
-        if not part.size:
-            continue
-        if part.size == summed.size:
-            delta = take(expert, index, dim).float().sub(start).mul_(along(mine, dim))
-            total = delta if total is None else total.add_(delta)
-            continue
-        if total is None:
-            total = torch.full_like(start, -0.0)  # what can be added to anything without changing a bit
-        delta = take(expert, as_run(summed[part]), dim).float().sub(take(start, as_run(part), dim)).mul_(along(mine[part], dim))
-        total.index_add_(dim, torch.from_numpy(part), delta)
-    assert total is not None  # noqa: S101 - whatever is summed has a coefficient
-    merged = total.add_(start).to(out.dtype)
-    put(out, index, merged, dim)
-    return is_finite(merged)
+    merged = torch.empty_like(start)
+    for first, last in pairwise(starts):
+        part = order[first:last]
+        here, total = start.narrow(dim, first, last - first), merged.narrow(dim, first, last - first)
+        entering = [
+            (take(e, as_run(part), dim), along(c[part], dim)) for e, c in zip(experts, values, strict=True) if c[part[0]]
+        ]
+        for number, (expert, share) in enumerate(entering):
+            if number == 0:
+                torch.sub(expert.float(), here, out=total).mul_(share)
+            else:
+                total.add_(expert.float().sub(here).mul_(share))
+        total.add_(here)
+    rounded = merged.to(out.dtype)
+    put(out, index, rounded, dim)
+    return is_finite(rounded)
 
 
 def as_run(index: Array) -> Index:

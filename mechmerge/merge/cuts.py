@@ -5,6 +5,7 @@ A tensor is seen as a matrix of its first dimension by all others; where one val
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import numpy as np
 from mechmerge.errors import MechmergeError
 from mechmerge.recipe.coefficients import Coefficients, Owners, tensor_coefficient
 from mechmerge.recipe.schema import Array
+
+BASE = -1
+"""Beside an expert's number: whose values a row or column is (`copied_from`)."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,20 @@ class Cut:
     values: Array
     """float32 [experts in the recipe's order, rows or columns]."""
 
+    @functools.cached_property
+    def who(self) -> Array:
+        """`copied_from` of every row or column."""
+        return copied_from(self.values)
+
+    @functools.cached_property
+    def share(self) -> float:
+        """The share of rows or columns that any expert enters."""
+        return float((self.who != BASE).mean()) if self.who.size else 0.0
+
     @property
     def untouched(self) -> bool:
         """Whether no expert enters: the tensor is the base's."""
-        return not self.values.any()
+        return self.share == 0
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -62,14 +76,18 @@ def cut_of(name: str, shape: tuple[int, ...], owners: Owners, found: Coefficient
 
 
 def copied_from(values: Array) -> Array:
-    """For every row (or column), who is copied there: −1 the base (all coefficients 0), k the expert k (its coefficient is 1,
-    all others are 0), −2 nobody (a sum).
+    """For every row (or column), where its values come from: `BASE` where all coefficients are 0; k where they are a copy of
+    the expert k (its coefficient is 1, all others are 0); below `BASE` where they are a sum, with one number for every set of
+    experts that enter.
 
     Args:
         values: float32 [experts, n].
     """
     entering = values != 0
-    number = entering.sum(0)
-    who = entering.argmax(0)
-    alone = (number == 1) & (np.take_along_axis(values, who[None], 0)[0] == 1)
-    return np.where(number == 0, -1, np.where(alone, who, -2))
+    if len(values) < 62:
+        sets = (entering * (1 << np.arange(len(values), dtype=np.int64))[:, None]).sum(0)
+    else:
+        sets = np.unique(entering, axis=1, return_inverse=True)[1].reshape(-1) + 1
+    number, first = entering.sum(0), entering.argmax(0)
+    alone = (number == 1) & (np.take_along_axis(values, first[None], 0)[0] == 1)
+    return np.where(number == 0, BASE, np.where(alone, first, BASE - sets))

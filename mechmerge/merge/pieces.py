@@ -13,13 +13,15 @@ import torch
 
 from mechmerge.errors import CheckpointError, MechmergeError
 from mechmerge.merge.arithmetic import combine, is_finite, put
-from mechmerge.merge.cuts import Cut, copied_from
+from mechmerge.merge.cuts import BASE, Cut
 from mechmerge.merge.files import OutFile
 from mechmerge.merge.mapped import Mapped, Place
 from mechmerge.recipe.schema import Array
 
 ELEMENTS = 1 << 18
-"""Elements of a computed piece (whole rows, at least one): its float32 values fit a processor's second-level cache."""
+"""Elements that are computed in one piece: their float32 values fit a processor's second-level cache."""
+LARGEST = 1 << 21
+"""Elements of a piece that are computed or copied along, at most (but at least one row)."""
 COPIED = 1 << 24
 """Bytes of a copied piece, at most."""
 GAP = 1 << 15
@@ -70,6 +72,12 @@ class Rows:
         cut = self.tensor.cut
         return cut.values if cut.dim == 1 else cut.values[:, self.first : self.last]
 
+    @property
+    def who(self) -> Array:
+        """Where the values come from, for every one of `values` (`copied_from`)."""
+        cut = self.tensor.cut
+        return cut.who if cut.dim == 1 else cut.who[self.first : self.last]
+
     def reads(self) -> Iterator[Place]:
         yield self._place(self.tensor.base, 0, self.last - self.first)
         for values, expert in zip(self.values, self.tensor.experts.values(), strict=True):
@@ -98,7 +106,7 @@ class Rows:
             expert.matrix(tensor.name)[rows] if values.any() else base
             for values, expert in zip(self.values, tensor.experts.values(), strict=True)
         ]
-        if not combine(out, base, experts, self.values, tensor.cut.dim):
+        if not combine(out, base, experts, self.values, self.who, tensor.cut.dim):
             self._explain(base, experts)
         return memory[: self.bytes].numpy().data
 
@@ -176,14 +184,15 @@ def _add(found: list[Piece], piece: Piece) -> None:
 def _pieces(tensor: Tensor, start: int) -> Iterator[Piece]:
     cut = tensor.cut
     width = cut.columns * tensor.dtype.itemsize
-    step = max(1, ELEMENTS // max(cut.columns, 1))
+    # Copying a whole piece costs little: what counts is what is computed in it.
+    step = max(1, int(ELEMENTS / max(cut.share, ELEMENTS / LARGEST)) // max(cut.columns, 1))
     parents = list(tensor.experts.values())
     for first in range(0, cut.rows, step):
         piece = Rows(start + first * width, min(step, cut.rows - first) * width, tensor, first, min(first + step, cut.rows))
-        who = np.unique(copied_from(piece.values))
-        parent = tensor.base if who[0] == -1 else parents[int(who[0])] if who[0] >= 0 else None
-        if len(who) == 1 and parent is not None and parent.dtype(tensor.name) == tensor.dtype:
+        who = int(piece.who[0])
+        parent = tensor.base if who == BASE else None if who < BASE else parents[who]
+        if parent is not None and parent.dtype(tensor.name) == tensor.dtype and (piece.who == who).all():
             place = parent.place(tensor.name)
-            yield Copy(piece.start, piece.bytes, Place(place.file, place.start + first * width, piece.bytes), who[0] == -1)
+            yield Copy(piece.start, piece.bytes, Place(place.file, place.start + first * width, piece.bytes), who == BASE)
         else:
             yield piece
