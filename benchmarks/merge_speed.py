@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ import click
 import numpy as np
 
 from benchmarks.common import Goal, finish
-from benchmarks.merge_job import Job, flush, run
+from benchmarks.merge_job import Job, run
 from benchmarks.synthetic import SHAPES, Shape, tensors, write_trio
 from mechmerge.models.references import resolve
 from mechmerge.recipe.schema import Policy, Recipe, RecipeExpert, write_recipe
@@ -110,39 +109,17 @@ class Trio:
         recipe = Recipe(base=self.models["base"].id, experts=experts, policy=Policy(name=name))
         write_recipe(self.folder / f"{name}.yaml", recipe, None if name == "dense" else masks)
 
-    # ----------------------------------------------------------------------------------------------------------------- runs
-    def prepare(self, cold: bool) -> Path:
-        """Drops or reads the inputs, and returns the path of an output that is not there."""
-        out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        os.sync()
-        for path in self.folder.glob("*/*.safetensors"):
-            with path.open("rb", buffering=0) as handle:
-                if cold:
-                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                while not cold and handle.read(1 << 22):
-                    pass
-        return out
+    def job(self, engine: str, recipe: str = "dense", cold: bool = False) -> Job:
+        """A merge, or a copy of the base."""
+        return Job(engine, str(self.folder / f"{recipe}.yaml"), str(self.folder), str(self.folder / "out"), cold)
 
-    def cp(self, cold: bool = False) -> float:
-        """Seconds of copying the base's folder, flushed."""
-        out = self.prepare(cold)
-        started = time.perf_counter()
-        subprocess.run(["cp", "-r", "--reflink=never", str(self.folder / "base"), str(out)], check=True)
-        flush(out)
-        return time.perf_counter() - started
+    def timed(self, engine: str, recipe: str = "dense", cold: bool = False) -> float:
+        """Seconds of one job."""
+        return run(self.job(engine, recipe, cold))[0]
 
-    def timed(self, engine: str, recipe: str, cold: bool = False) -> float:
-        """Seconds of one merge."""
-        return run(self._job(engine, recipe, cold))[0]
-
-    def _job(self, engine: str, recipe: str, cold: bool = False) -> Job:
-        return Job(engine, str(self.folder / f"{recipe}.yaml"), str(self.folder), str(self.prepare(cold)))
-
-    # -------------------------------------------------------------------------------------------------------------- figures
     def against_cp(self, recipe: str, cold: bool, runs: int) -> dict[str, float]:
         """The writer against cp, alternating."""
-        cp, writer = alternating(runs, lambda: self.cp(cold), lambda: self.timed("direct", recipe, cold))
+        cp, writer = alternating(runs, lambda: self.timed("cp", cold=cold), lambda: self.timed("direct", recipe, cold))
         return {"cp s": cp, "writer s": writer, "writer / cp": writer / cp}
 
     def against_mergekit(self, runs: int) -> dict[str, float]:
@@ -159,7 +136,7 @@ class Trio:
         """Peaks of anonymous memory, in MB; the bound is 150 MB over a bare `import torch` + 3 × the largest tensor."""
         bare = run(Job("torch"), sample=True)[1]
         largest = max(rows * max(columns, 1) * 2 for _, rows, columns in tensors(self.shape))
-        peaks = {e: run(self._job(e, r), sample=True)[1] for e, r in (("direct", "dense"), ("verified", "spread"))}
+        peaks = {e: run(self.job(e, r), sample=True)[1] for e, r in (("direct", "dense"), ("verified", "spread"))}
         return {
             "memory: import torch MB": bare / 1e6,
             "memory: largest tensor MB": largest / 1e6,
