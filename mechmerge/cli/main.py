@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from mechmerge import __version__
 from mechmerge.errors import MechmergeError
+from mechmerge.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # command: (module under mechmerge.cli, one line of help); the module holds a click command named `command`
@@ -29,7 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish": ("publish", "Publish a merge on the Hugging Face Hub: gated, staged, verified."),
     "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
-    "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
+    "inspect": ("inspect", "Print what a file, a run, a model or a pair of models holds."),
+    "generate": ("generate", "Try a model: answer prompts, alone or beside another model."),
 }
 
 
