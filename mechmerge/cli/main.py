@@ -31,7 +31,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
     "inspect": ("inspect", "Print what a file, a run, a model or a pair of models holds."),
     "generate": ("generate", "Try a model: answer prompts, alone or beside another model."),
+    "cache": ("cache", "See and clear what lies in the cache of this machine."),
+    "doctor": ("doctor", "Look whether this machine has what is needed."),
+    "completion": ("completion", "Print the script that completes commands in a shell."),
 }
+
+
+PROGRAM, COMPLETE = "mechmerge", "_MECHMERGE_COMPLETE"
+"""Our name, and the variable by which a shell asks for completions."""
 
 
 class LazyGroup(click.Group):
@@ -55,8 +62,12 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
+    from mechmerge.cli.config import apply
+
+    apply(context, cli, context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or bool(os.environ.get("MECHMERGE_DEBUG"))
     try:
-        result: Any = cli.main(args=arguments, standalone_mode=False)
+        result: Any = cli.main(args=arguments, prog_name=PROGRAM, complete_var=COMPLETE, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)

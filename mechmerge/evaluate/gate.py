@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mechmerge.artifacts import Document
+from mechmerge.artifacts import Document, Migration
 from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.record import Evaluation
@@ -134,6 +134,9 @@ class RuleResult(Document):
 
 class GateResult(Document):
     """What a gate said about an evaluation."""
+
+    # Version 1 said neither n nor weights, which may be left out.
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {1: lambda old: old}
 
     schema_version: Literal[2] = 2
     passed: bool
