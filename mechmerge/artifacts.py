@@ -224,7 +224,7 @@ def _migrated(kind: type[Document], value: Mapping[str, Any], where: str) -> Map
             )  # fmt: skip
         try:
             current = kind.MIGRATIONS[version](current) | {"schema_version": version + 1}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise SchemaError(
                 where, expected=f"a {kind.__name__} of schema version {version}", found=f"{type(error).__name__}: {error}"
             ) from None
