@@ -123,6 +123,9 @@ def vulnerabilities(
         if one["id"] not in IGNORED
     ]
     skipped = [entry["name"] for entry in found if "skip_reason" in entry]
+    if found and len(skipped) == len(found):
+        # A package index without the data: a mirror, or none within reach.
+        return [], f"not checked: vulnerabilities (the package index told of none of {len(found)} packages); {RETRY}"
     more = f" ({len(skipped)} not in the database: {', '.join(skipped[:5])})" if skipped else ""
     return problems, f"vulnerabilities: {len(found) - len(skipped)} packages looked up, {len(problems)} found{more}"
 

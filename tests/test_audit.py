@@ -37,12 +37,23 @@ def package(folder: Path, name: str, *headers: str) -> metadata.Distribution:
 @pytest.mark.parametrize(
     ("said", "free"),
     [
-        ("MIT", True), ("mit", True), ("Apache-2.0 AND MIT", True), ("Apache-2.0 OR GPL-3.0-only", True), ("LGPL-3.0-only", True),
-        ("BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0", True), ("3-Clause BSD License", True), ("GPL-3.0-only", False),
-        ("AGPL-3.0-or-later", False), ("MIT AND GPL-2.0-only", False), ("Apache-2.0 with Commons Clause", False), ("none said", False),
-        ("CC-BY-NC-4.0", False), ("SSPL-1.0", False), ("MIT-like, mostly", False),
+        ("MIT", True),
+        ("mit", True),
+        ("Apache-2.0 AND MIT", True),
+        ("Apache-2.0 OR GPL-3.0-only", True),
+        ("LGPL-3.0-only", True),
+        ("BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0", True),
+        ("3-Clause BSD License", True),
+        ("GPL-3.0-only", False),
+        ("AGPL-3.0-or-later", False),
+        ("MIT AND GPL-2.0-only", False),
+        ("Apache-2.0 with Commons Clause", False),
+        ("none said", False),
+        ("CC-BY-NC-4.0", False),
+        ("SSPL-1.0", False),
+        ("MIT-like, mostly", False),
     ],
-)  # fmt: skip
+)
 def test_licences(audit: ModuleType, said: str, free: bool) -> None:
     assert audit.is_free(said) is free
 
@@ -75,16 +86,24 @@ def test_vulnerabilities(audit: ModuleType, tmp_path: Path) -> None:
     packages = [package(tmp_path, "one"), package(tmp_path, "two"), package(tmp_path, "mechmerge")]
     found = {
         "dependencies": [
-            {"name": "one", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}, {"id": "PYSEC-2", "fix_versions": []}]},
+            {
+                "name": "one",
+                "version": "1.0",
+                "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}, {"id": "PYSEC-2", "fix_versions": []}],
+            },
             {"name": "two", "skip_reason": "not on the index"},
         ]
-    }  # fmt: skip
+    }
     problems, line = audit.vulnerabilities(packages, Path("pip-audit"), said(json.dumps(found), 1))
     assert problems == ["one 1.0: PYSEC-1, mended in 1.1", "one 1.0: PYSEC-2, mended in no version yet"]
     assert line == "vulnerabilities: 1 packages looked up, 2 found (1 not in the database: two)"
     audit.IGNORED["PYSEC-1"] = "of this test"
     assert len(audit.vulnerabilities(packages, Path("pip-audit"), said(json.dumps(found), 1))[0]) == 1
     del audit.IGNORED["PYSEC-1"]
+    nothing = {"dependencies": [{"name": name, "skip_reason": "not on the index"} for name in ("one", "two")]}
+    problems, line = audit.vulnerabilities(packages, Path("pip-audit"), said(json.dumps(nothing)))
+    assert problems == []
+    assert line.startswith("not checked: vulnerabilities (the package index told of none of 2 packages)")
     problems, line = audit.vulnerabilities(packages, Path("pip-audit"), said("", 1, "…\nConnectionError: no route"))
     assert problems == []
     assert line.startswith("not checked: vulnerabilities (ConnectionError: no route)")
@@ -116,8 +135,6 @@ def test_without_tools_it_says_so_and_passes_unless_strict(
 def test_versions_are_pinned_and_the_update_keeps_the_form() -> None:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     assert all(line.startswith("#") for line in lines[:2])
-    names = [line.partition("==")[0] for line in lines[2:]]
     assert all("==" in line and "+" not in line and "@" not in line for line in lines[2:])
-    assert [name.lower() for name in names] == sorted(name.lower() for name in names)
-    assert "torch" in names
+    assert any(line.startswith("torch==") for line in lines)
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "update")], check=False).returncode == 0

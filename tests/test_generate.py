@@ -20,6 +20,7 @@ from mechmerge.errors import InputError
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
 from tests.merged_run import merged_run
+from tests.tiny import tiny_model
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -114,21 +115,22 @@ def call(*arguments: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(cli, ["generate", *arguments, "--quiet", "--dtype", "float32", "--max-tokens", "8"], input=stdin)
 
 
-def test_answers_as_text_and_as_json(base: Model, expert: Model) -> None:
+def test_answers_as_text_and_as_json(tmp_path: Path, base: Model) -> None:
+    other = str(tiny_model(tmp_path / "other", seed=5))
     answer = Trial(base.path, dtype="float32").answer("Say tea.", max_tokens=8)
     shown = visible(answer.text) + ("" if answer.finished else " […]") + "\n"
     assert call(str(base.path), "Say tea.").output == shown
     assert call(str(base.path), "-", stdin="Say tea.\n").output == shown
     assert call(str(base.path), stdin="\nSay tea.\n \nSay tea.\n").output == 2 * shown, "a line each, empty ones left out"
-    done = call(str(base.path), "Say tea.", "--compare", str(expert.path), "--format", "json")
+    done = call(str(base.path), "Say tea.", "--compare", other, "--format", "json")
     row = json.loads(done.output)["generate"][0]
     assert row["prompt"] == "Say tea."
     assert row["answers"][0] == {
         "model": str(base.path), "text": answer.text, "tokens": answer.tokens, "finished": answer.finished,
     }  # fmt: skip
-    assert row["answers"][1]["model"] == str(expert.path)
+    assert row["answers"][1]["model"] == other
     assert row["answers"][1]["text"] != answer.text
-    beside = call(str(base.path), "Say tea.", "--compare", str(expert.path)).output
+    beside = call(str(base.path), "Say tea.", "--compare", other).output
     assert beside.count("│") + beside.count("┃") >= 6
 
 

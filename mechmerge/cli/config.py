@@ -2,7 +2,7 @@
 
     device = "cuda"            # options that commands share: device, dtype, seed, threads, format, quiet
     threads = 8
-    cache = "/data/mechmerge"  # as MECHMERGE_CACHE
+    cache_folder = "/data/mechmerge"   # as MECHMERGE_CACHE
 
     [evaluate]                 # options of one command, by their long names
     batch = 32
@@ -26,6 +26,9 @@ from mechmerge.errors import InputError, SchemaError
 
 SHARED = ("device", "dtype", "seed", "threads", "format", "quiet")
 """Options that may stand at the top of the file, and in the environment without a command's name."""
+
+FOLDER = "cache_folder"
+"""The key that names the cache's folder."""
 
 
 def config_file() -> Path | None:
@@ -69,6 +72,15 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
     return found
 
 
+def name_variables(command: click.Command, prefix: str) -> None:
+    """Names the environment variable of every option by its long name (click would take the parameter's name in our code)."""
+    for key, option in options_of(command).items():
+        option.envvar = option.envvar or f"{prefix}_{key.upper()}"
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            name_variables(inner, f"{prefix}_{name.upper()}")
+
+
 def defaults(
     group: click.Group, context: click.Context, names: Iterable[str], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
@@ -89,8 +101,8 @@ def defaults(
         if isinstance(value, Mapping):
             if key.replace("_", "-") not in known:
                 raise SchemaError(f"{where}: [{key}]", expected=f"a command ({', '.join(sorted(known))})", found="none")
-        elif key.replace("-", "_") not in (*SHARED, "cache"):
-            raise SchemaError(f"{where}: {key}", expected=f"one of {', '.join((*SHARED, 'cache'))}, or a command's table")
+        elif key not in (*SHARED, FOLDER):
+            raise SchemaError(f"{where}: {key}", expected=f"one of {', '.join((*SHARED, FOLDER))}, or a command's table")
     tables = {key.replace("_", "-"): value for key, value in values.items() if isinstance(value, Mapping)}
     shared = {key: value for key, value in values.items() if key in SHARED} | environment()
     wanted = {*names, *tables}
@@ -143,10 +155,10 @@ def apply(context: click.Context, group: click.Group, invoked: str | None) -> No
     """
     path = config_file()
     values = read_config(path) if path is not None else {}
-    cache = values.get("cache")
+    cache = values.get(FOLDER)
     if cache is not None:
         if not isinstance(cache, str) or not cache:
-            raise SchemaError(f"{path}: cache", expected="a folder", found=repr(cache)[:60])
+            raise SchemaError(f"{path}: {FOLDER}", expected="a folder", found=repr(cache)[:60])
         os.environ.setdefault("MECHMERGE_CACHE", cache)
     if path is not None or environment():
         context.default_map = defaults(group, context, [invoked] if invoked else [], values, str(path))

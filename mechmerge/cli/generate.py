@@ -126,7 +126,7 @@ def _asked(prompts: tuple[str, ...], progress: Progress) -> Iterator[tuple[int, 
         if prompts.count("-") > 1:
             raise click.UsageError("- stands for stdin, which can be read once.")
         for number, prompt in enumerate(prompts):
-            yield number, click.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
+            yield number, sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
         return
     asking = sys.stdin.isatty()
     if asking:

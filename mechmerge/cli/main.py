@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mechmerge.cli.config import apply, name_variables
 from mechmerge.errors import MechmergeError
 from mechmerge.version import __version__
 
@@ -52,6 +53,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"mechmerge.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
+        name_variables(command, f"MECHMERGE_{cmd_name.upper().replace('-', '_')}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -59,14 +61,12 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--debug", is_flag=True, envvar="MECHMERGE_DEBUG", help="Show tracebacks.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
-    from mechmerge.cli.config import apply
-
     apply(context, cli, context.invoked_subcommand)
 
 

@@ -22,7 +22,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "mergekit.merge_methods.base:InputContract": ("base",),
     "mergekit.merge_methods.base:PerNonBase": (),
     "mergekit.merge_methods.base:TensorGroup": (),
-    "mergekit.merge_methods.easy_define:merge_method": ("name", "pretty_name", "reference_url", "contract"),
+    "mergekit.merge_methods.easy_define:merge_method": ("func",),
     "mergekit.merge_methods.registry:register": (),
 }
 """What is used of mergekit, with the parameters that are named."""
