@@ -185,11 +185,16 @@ def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     wide_console().print(table)
 
 
+def visible(text: str) -> str:
+    """Text with control characters shown as escapes, so that a terminal obeys none of them; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def escape(text: str) -> str:
     """Text that rich prints as it is, control characters made visible."""
     from rich.markup import escape as escape_markup
 
-    return escape_markup("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+    return escape_markup(visible(text))
 
 
 def set_threads(threads: int | None) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, pair_options, quiet_option, show
+from mechmerge.cli.common import (
+    format_option,
+    make_progress,
+    named,
+    pair_options,
+    quiet_option,
+    set_threads,
+    show,
+    threads_option,
+)
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
@@ -39,6 +48,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 )
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
 @pair_options
+@threads_option
 @quiet_option
 @format_option
 def command(
@@ -50,6 +60,7 @@ def command(
     seed: int,
     emit: str | None,
     models: tuple[str, ...],
+    threads: int | None,
     quiet: bool,
     output: str,
     **options: Any,
@@ -68,6 +79,7 @@ def command(
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
+    set_threads(threads)
     progress = make_progress(quiet)
     folders = open_folders(models)
     sources = read_sources([local_file(file, progress) for file in files])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mechmerge.artifacts import atomic_folder, digest, lock, sha256_file
 from mechmerge.errors import CheckpointError, PairError
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.checkpoint import Checkpoint, read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,6 +50,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
     """
     key = digest({"base": base_digests, "sides": side_digest(base), "adapter": adapter_digests(adapter)})[:32]
     folder = cache_folder() / "materialised" / key
+    hold(folder)
     if folder.exists():
         return folder
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mechmerge import __version__
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.table import markdown_pairs, markdown_table
@@ -18,6 +17,7 @@ from mechmerge.report.loading import Measurements
 from mechmerge.report.recipes import recipe_rows, unit_sizes
 from mechmerge.report.style import caveat
 from mechmerge.report.summary import LIMITS
+from mechmerge.version import __version__
 
 NOTES = {
     "demo:smollm2-135m-instruct": "`demo:smollm2-135m-instruct` is SmolLM2-135M-Instruct dequantised from Q4_1 (PyPI package "
