@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option, wide_console
+from mechmerge.errors import visible
 
 if TYPE_CHECKING:
     from mechmerge.pipeline.run import RunResult
@@ -48,7 +49,7 @@ def show_result(result: RunResult) -> None:
     console = wide_console()
     console.print(render_table(result.evaluation))
     for rule in result.gate.rules:
-        console.print(rule.line, markup=False, highlight=False)
+        console.print(visible(rule.line), markup=False, highlight=False)
     console.print("gate: passed" if result.gate.passed else "gate: REFUSED", markup=False, highlight=False)
     for title, name in (("report", "report.md"), ("heat maps", "figures"), ("model card", "README.md")):
         console.print(f"{title}: {result.run / name}", markup=False, highlight=False, soft_wrap=True)

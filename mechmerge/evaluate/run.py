@@ -135,11 +135,11 @@ def check_samples(path: Path, key: str) -> None:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding="utf-8", errors="replace") as handle:
         first = handle.readline()
     try:
         found = str(json.loads(first)["answers"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = "no key"
     if found != key:
         raise InputError(
@@ -166,6 +166,7 @@ def _one(name: str, speaker: Speaker, suite: Suite, samples: Path, settings: Eva
 
         said = speaker.answers(suite, told)
     ordered = [rows[place] for place in range(len(suite.prompts))]
+    speaker.check()
     write_samples(path, ordered)
     partial.unlink()
     note_errors(name, suite, ordered, progress)

@@ -10,15 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from mechmerge.artifacts import atomic_folder, digest, lock, sha256_file
+from mechmerge.artifacts import Watch, atomic_folder, digest, lock, sha256_file
 from mechmerge.errors import CheckpointError, PairError
 from mechmerge.models.cache import cache_folder
+from mechmerge.models.checkpoint import SIDE_FILES as SIDE_FILES
 from mechmerge.models.checkpoint import Checkpoint, read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
-              "generation_config.json")  # fmt: skip
-"""Files beside the weights that make a model folder usable."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -48,17 +46,19 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
         CheckpointError: the adapter cannot be read.
         PairError: the adapter is not for this base, or is of a kind that peft cannot merge.
     """
-    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": adapter_digests(adapter)})[:32]
+    own = adapter_digests(adapter)
+    watches = [Checkpoint(base).watch(base_digests), Watch(adapter / name for name in own)]
+    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
     folder = cache_folder() / "materialised" / key
     if folder.exists():
         return folder
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
         if not folder.exists():
-            _merge(base, adapter, folder)
+            _merge(base, adapter, folder, watches)
     return folder
 
 
-def _merge(base: Path, adapter: Path, folder: Path) -> None:
+def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> None:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -87,6 +87,8 @@ def _merge(base: Path, adapter: Path, folder: Path) -> None:
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base, partial)
+        for watch in watches:
+            watch.check()
 
 
 def side_digest(folder: Path) -> str:

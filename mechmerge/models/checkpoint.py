@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.artifacts import sha256_file
+from mechmerge.artifacts import Watch, sha256_file
 from mechmerge.errors import CheckpointError
 from mechmerge.models.components import Block, Layout
 from mechmerge.models.families import Architecture, architecture
@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 100_000_000
 """Largest header that safetensors itself accepts, in bytes."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
+UNQUANTISED = "name the unquantised model that it was made from: packed weights cannot be patched or added to"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
+              "generation_config.json")  # fmt: skip
+"""Files beside the weights that make a model folder usable."""
+_WATCHED: dict[Path, tuple[dict[str, str], Watch]] = {}
+"""Folder → digests of its shards, and a watch on its files that began when they were taken."""
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -73,14 +79,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = self._read_json("config.json")
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
+        if method := quantised(self.config, folder):
             raise CheckpointError(
-                str(folder),
-                expected="full-precision weights",
-                found=f"quantised ones ({method})",
-                fix="name the unquantised model",
+                str(folder), expected="full-precision weights", found=f"quantised ones ({method})", fix=UNQUANTISED
             )
         self.arch: Architecture = architecture(self.config, str(folder / "config.json"))
         self.files: dict[str, str] = {}
@@ -97,7 +98,7 @@ class Checkpoint:
                     f"{folder}: {tensor}",
                     expected="floating-point weights",
                     found=entry["dtype"],
-                    fix="name the unquantised model",
+                    fix=UNQUANTISED,
                 )
         self._normalise_names()
         self._drop_tied_head()
@@ -133,6 +134,11 @@ class Checkpoint:
                 if not (self.folder / name).exists():
                     raise CheckpointError(str(self.folder), expected=f"the shard {name}", found="none", fix="download it again")
             return names
+        gguf = sorted(path.name for path in self.folder.glob("*.gguf"))
+        if gguf:
+            raise CheckpointError(
+                str(self.folder), expected=SINGLE, found=f"the quantised file {gguf[0]} (GGUF)", fix=UNQUANTISED
+            )
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
         if pickles:
             raise CheckpointError(
@@ -210,7 +216,22 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """sha256 of every shard, by file name."""
-        return {name: sha256_file(self.folder / name) for name in sorted(set(self.files.values()))}
+        names = sorted(set(self.files.values()))
+        watch = _watch(self.folder, names)
+        found = {name: sha256_file(self.folder / name) for name in names}
+        _WATCHED[self.folder] = (found, watch)
+        return found
+
+    def watch(self, digests: Mapping[str, str] | None = None) -> Watch:
+        """The watch on the model's files that began when its digests were last taken in this process (else it begins now).
+
+        Args:
+            digests: what they must have been; where they were others the watch begins now.
+        """
+        known, watch = _WATCHED.get(self.folder, ({}, None))
+        if watch is None or (digests is not None and digests != known):
+            return _watch(self.folder, set(self.files.values()))
+        return watch
 
     def check_complete(self) -> None:
         """Every parameter is owned by a component, and every module the family needs is there with the config's sizes.
@@ -258,6 +279,23 @@ class Checkpoint:
         for name, tensor in self.tensors():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{self.folder}: {name}", expected="finite weights", found="NaN or infinite values")
+
+
+def quantised(config: Mapping[str, Any], folder: Path) -> str | None:
+    """How a model is quantised, by its config or by the file that AutoGPTQ and AutoAWQ write beside it; None where it is not."""
+    own = config.get("quantization_config") or config.get("compression_config")
+    if own:
+        found = own if isinstance(own, Mapping) else {"quant_method": own}
+        four = "bitsandbytes, 4 bits" if found.get("load_in_4bit") else None
+        eight = "bitsandbytes, 8 bits" if found.get("load_in_8bit") else None
+        return str(found.get("quant_method") or four or eight or "by an unnamed method")
+    beside = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+    return next((method for name, method in beside.items() if (folder / name).is_file()), None)
+
+
+def _watch(folder: Path, shards: Iterable[str]) -> Watch:
+    sides = (file for pattern in ("config.json", INDEX, *SIDE_FILES) for file in folder.glob(pattern) if file.is_file())
+    return Watch([*(folder / name for name in shards), *sides])
 
 
 def required_tensors(arch: Architecture) -> Iterator[str]:
