@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechmerge.artifacts import Watch, sha256_file
-from mechmerge.errors import CheckpointError
+from mechmerge.errors import CheckpointError, machine_error
 from mechmerge.models.components import Block, Layout
 from mechmerge.models.families import Architecture, architecture
 
@@ -52,9 +52,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise CheckpointError(where, expected="a safetensors file", found=f"{size} bytes without a valid header")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + max((_whole(entry["data_offsets"][1]) for entry in header.values()), default=0)
         for entry in header.values():
-            entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(_whole(n) for n in entry["shape"])
     except OSError as error:
         raise CheckpointError(where, expected="a readable file", found=str(error)) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -63,6 +63,12 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         problem = "truncated" if size < end else "too long"
         raise CheckpointError(where, expected=f"{end} bytes", found=f"{size} ({problem})", fix="download it again")
     return dict(header)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
 
 
 class Checkpoint:
@@ -112,7 +118,7 @@ class Checkpoint:
             value = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise CheckpointError(str(self.folder), expected=f"a model folder with {name}", found="none") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(str(path), expected="valid JSON", found=str(error)) from None
         if not isinstance(value, dict):
             raise CheckpointError(str(path), expected="a JSON object", found=type(value).__name__)
@@ -152,7 +158,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if (self.folder / SINGLE).exists():
             return
-        weight_map = self._read_json(INDEX)["weight_map"]
+        weight_map: dict[str, Any] = self._read_json(INDEX)["weight_map"]
         for tensor, name in weight_map.items():
             if self.files.get(tensor) != name:
                 raise CheckpointError(
@@ -202,11 +208,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor, in its stored dtype."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         stored = self.stored[name]
-        with safe_open(self.folder / self.files[stored], framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(stored)
+        path = self.folder / self.files[stored]
+        try:
+            with safe_open(path, framework="pt") as handle:
+                tensor: torch.Tensor = handle.get_tensor(stored)
+        except FileNotFoundError:
+            raise CheckpointError(str(path), expected="the file that was there when this began", found="nothing") from None
+        except SafetensorError as error:
+            if machine_error(error) is not None:
+                raise
+            raise CheckpointError(f"{path}: {stored}", expected="a tensor that can be read", found=str(error)) from None
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -239,6 +253,12 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor that no component owns, one that is missing, or one of another size.
         """
+        # Before anything is listed by layer: a config may say a billion of them.
+        if self.arch.layers > len(self.entries):
+            raise CheckpointError(
+                f"{self.folder}: config.json", expected=f"no more layers than tensors ({len(self.entries)})",
+                found=str(self.arch.layers),
+            )  # fmt: skip
         owners = self.layout.owners()
         for name in sorted(self.entries):
             if name not in owners:
@@ -262,6 +282,8 @@ class Checkpoint:
                 expected[1 - cut] = arch.hidden
         elif name in (f"{arch.family.embed[0]}.weight", f"{arch.family.head}.weight"):
             expected = {0: arch.vocabulary, 1: arch.hidden}
+        elif name in (f"{module}.weight" for module in arch.family.embed[1:]):
+            expected = {0: metadata_of(self.config)["context"], 1: arch.hidden}
         else:
             return
         if len(shape) != len(expected) or any(shape[dim] != size for dim, size in expected.items()):

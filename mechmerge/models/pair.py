@@ -75,7 +75,9 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         vocabulary = parsed["model"]["vocab"]
         ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
         ids.update({token["content"]: token["id"] for token in parsed.get("added_tokens", [])})
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
+            raise ValueError(f"{odd[0]!r} has no number")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
     return ids
 

@@ -88,7 +88,7 @@ def as_yaml(value: Any) -> bytes:
 
 def texts(content: bytes, write: Callable[[Any], bytes]) -> st.SearchStrategy[bytes]:
     """A JSON or YAML file, damaged as a document or as bytes."""
-    document = yaml.safe_load(content)
+    document = json.loads(content) if write is as_json else yaml.safe_load(content)
     return st.one_of(documents(document).map(write), documents(document).map(write), damaged_bytes(content))
 
 
