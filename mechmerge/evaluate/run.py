@@ -164,7 +164,12 @@ def _one(name: str, speaker: Speaker, suite: Suite, samples: Path, settings: Eva
                 handle.write(json.dumps(rows[place], ensure_ascii=False) + "\n")
             handle.flush()
 
-        said = speaker.answers(suite, told)
+        try:
+            said = speaker.answers(suite, told)
+        except BaseException:
+            if not rows:  # nothing that anyone could look at
+                partial.unlink()
+            raise
     ordered = [rows[place] for place in range(len(suite.prompts))]
     speaker.check()
     write_samples(path, ordered)

@@ -23,13 +23,13 @@ Kind = Literal["none", "kill", "interrupt", "full", "short", "unreadable", "paus
 """
 none         no fault
 kill         SIGKILL to itself                    interrupt    SIGINT to itself, as Ctrl-C sends it
-full         "no space left on device", from then on at the next opening, renaming or making of a folder
+full         "no space left on device", from then on at the next opening or renaming
 short        no file can grow beyond `at` bytes (the kernel's RLIMIT_FSIZE, in the middle of a write)
 unreadable   an I/O error as a file is opened for reading
 pause        SIGSTOP to itself, until the parent sends SIGCONT
 """
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
-NEEDS_ROOM = {"open", "os.mkdir", "os.rename"}
+NEEDS_ROOM = {"open", "os.rename"}
 STRIKE = "from tests.faults.strike import strike; strike()"
 
 
