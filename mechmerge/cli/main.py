@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mechmerge.cli.config import apply, name_variables
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import MechmergeError, machine_error
 from mechmerge.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -96,8 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        trouble = machine_error(error)
+        if trouble is not None:
+            print(f"mechmerge: {trouble}", file=sys.stderr)
+            sys.exit(trouble.exit_code)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"mechmerge: a bug, or a machine in trouble: {text[:500]} (--debug shows where)", file=sys.stderr)
+        print(f"mechmerge: a bug: {text[:500]} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 

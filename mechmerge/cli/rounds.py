@@ -71,12 +71,14 @@ def command(
     from mechmerge.localize.plan_steps import plan_effects
     from mechmerge.localize.rounds import RoundSettings, settle
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
     rows = behavior_rows(behaviors, weights)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
     settings, model = RoundSettings(**options), resolve(base, progress=progress)
+    note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
         show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
         return

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from mechmerge.artifacts import atomic_folder, to_yaml
+from mechmerge.artifacts import atomic_folder, lock, to_yaml
 from mechmerge.errors import InputError, PairError
 from mechmerge.merge.reference import merged_tensor
 from mechmerge.merge.verify import verify
@@ -70,7 +70,8 @@ def merge(
         return
     base, experts = open_models(recipe, models or {})
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with atomic_folder(out) as partial:
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
+        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
         if expert is not None:
             recipe = write_recipe(partial / RECIPE_NAME, recipe, masks)
         else:
@@ -84,6 +85,8 @@ def merge(
         copy_side_files(base.folder, partial)
         formula = None if found is None else lambda name: merged_tensor(name, base, experts, found)
         verify(partial, base, recipe.out_dtype, formula, progress)
+        for watch in watches:
+            watch.check()
 
 
 def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:

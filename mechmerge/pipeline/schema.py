@@ -155,10 +155,10 @@ class Pipeline(Document):
         import re
 
         for name in self.recipes:
-            if not re.match(RECIPE, name):
+            if not re.fullmatch(RECIPE, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . and -)")
         for name in (*self.experts, *self.behaviors):
-            if not re.match(NAME, name):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
         taken = {"base", *self.experts}
         for name, plan in self.recipes.items():
