@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mechmerge.artifacts import Document, read_document
-from mechmerge.behaviors.schema import Behavior, load_group
+from mechmerge.behaviors.schema import Behavior, load_group, load_protected
 from mechmerge.evaluate.suites import BUILTIN, is_task, load_suite
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, check_reference, is_local, is_unpinned_hub, resolve
@@ -27,6 +27,8 @@ class Resolved(NamedTuple):
     experts: dict[str, Model]
     behaviors: dict[str, tuple[Behavior, ...]]
     """By name of the pipeline; a group has several."""
+    protected: dict[str, Behavior]
+    """The base's own abilities, by name."""
 
 
 def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
@@ -48,7 +50,7 @@ def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
     for expert in experts.values():
         aligned = align(base, expert, pipeline.vocabulary)
         check_pair(base.checkpoint(), aligned.checkpoint(), positions=pipeline.positions, finite=False)
-    return Resolved(pipeline, folder, base, experts, behaviors_of(pipeline, folder))
+    return Resolved(pipeline, folder, base, experts, behaviors_of(pipeline, folder), protected_of(pipeline, folder))
 
 
 def load_pipeline(path: Path) -> Pipeline:
@@ -59,6 +61,7 @@ def load_pipeline(path: Path) -> Pipeline:
     """
     pipeline = read_document(Pipeline, path)
     behaviors_of(pipeline, path.parent)
+    protected_of(pipeline, path.parent)
     for suite in pipeline.evaluate.suites:
         if suite not in BUILTIN and not is_task(suite):  # those may need data from elsewhere
             load_suite(near(suite, path.parent))
@@ -86,6 +89,12 @@ def behaviors_of(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Behavior, 
     """The behaviours of a pipeline by its names, in its chat template."""
     groups = {name: load_group(near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
     return {name: tuple(templated(member, pipeline) for member in members) for name, members in groups.items()}
+
+
+def protected_of(pipeline: Pipeline, folder: Path) -> dict[str, Behavior]:
+    """The base's own abilities of a pipeline by its names, in its chat template."""
+    found = {name: load_protected(near(plan.file or name, folder)) for name, plan in pipeline.protect.items()}
+    return {name: templated(behavior, pipeline) for name, behavior in found.items()}
 
 
 def templated(document: D, pipeline: Pipeline) -> D:
