@@ -190,6 +190,16 @@ def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     wide_console().print(table)
 
 
+def show_all(tables: dict[str, list[dict[str, Any]]], output: str) -> None:
+    """Prints several tables by title on stdout, as one JSON object or one below the other; empty ones are left out."""
+    if output == "json":
+        click.echo(json.dumps(tables, ensure_ascii=False))
+        return
+    for title, rows in tables.items():
+        if rows:
+            show(rows, output, title)
+
+
 def escape(text: str) -> str:
     """Text that rich prints as it is, control characters made visible."""
     from rich.markup import escape as escape_markup

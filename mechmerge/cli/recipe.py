@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, named_numbers, pair_options, quiet_option, show
+from mechmerge.cli.common import format_option, make_progress, named, named_numbers, pair_options, quiet_option, show_all
+from mechmerge.cli.recipe_explain import diff, explain, summary
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
-@click.command()
+class CommandWithOthers(click.Command):
+    """A command that hands over to another one where its first argument is the other's name (a file of that name: ./diff)."""
+
+    others: ClassVar[dict[str, click.Command]] = {"diff": diff, "explain": explain}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the command that the arguments name."""
+        if args and args[0] in self.others:
+            return self.others[args[0]].make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invokes the command that the context belongs to."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Names the others below the options."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, other.get_short_help_str(90)) for name, other in self.others.items()])
+
+
+@click.command(cls=CommandWithOthers)
 @click.argument("files", nargs=-1, required=True)
 @click.option("--policy", type=click.Choice(POLICIES), required=True, help="How coefficients are chosen.")
 @click.option(
@@ -76,11 +100,12 @@ def command(
     conflict and solve need an effect file (solve takes a file of `rounds --solve` as well), rounds a rounds file, top score
     files of every expert; random and magnitude are made like another recipe; the baselines (mergekit's own methods) take only
     the models from the files.
+
+    Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two.
     """
     from mechmerge.cli.models import open_folders
-    from mechmerge.localize.effect_file import MEASURED, UNITS
     from mechmerge.models.hub_files import local_file
-    from mechmerge.recipe.compile import compile_recipe, shares
+    from mechmerge.recipe.compile import compile_recipe
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
@@ -106,11 +131,7 @@ def command(
         from mechmerge.artifacts import write_text
 
         write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
-    show(shares(recipe, compiled.masks, sources.unit_parameters()), output, f"recipe {recipe.policy.name}")
-    if recipe.predicted is not None and output == "table":
-        changed = f"predicted change of {MEASURED[recipe.predicted_on]}"
-        rows = [{"behavior": name, changed: round(value, 4)} for name, value in recipe.predicted.items()]
-        show(rows, output, f"against the base, {UNITS[recipe.predicted_on]}")
+    show_all(summary(recipe, compiled.masks, sources.effects, sources.unit_parameters()), output)
 
 
 def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

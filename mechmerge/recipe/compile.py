@@ -89,6 +89,7 @@ def compile_recipe(
         base=sources.base,
         experts=experts,
         policy=Policy(name=policy, parameters=given),
+        parameters=sources.unit_parameters() or None,
         predicted=choice.predicted,
         predicted_on=choice.metric,
         realised=choice.realised,
