@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
     "mergekit": ("mergekit", "Run mergekit's own tools with our merge method registered."),
+    "export": ("export", "Write a recipe as a LoRA adapter, or one of its experts as a masked checkpoint."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
     "compare": ("compare", "Compare models of evaluation files, paired on the same prompts."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),

@@ -114,10 +114,10 @@ def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> Non
     with atomic_folder(folder) as partial:
         tensors = {}
         for name in sorted(checkpoint.entries):
-            stored = checkpoint.tensor(name)
-            if name not in state or state[name].shape != stored.shape:
+            stored, loaded = checkpoint.tensor(name), checkpoint.arch.family.loaded_name(name)
+            if loaded not in state or state[loaded].shape != stored.shape:
                 raise PairError(str(adapter), expected=f"{name} of shape {tuple(stored.shape)}", found="none after merging")
-            tensors[checkpoint.stored[name]] = state[name].to(stored.dtype).contiguous()
+            tensors[checkpoint.stored[name]] = state[loaded].to(stored.dtype).contiguous()
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base, partial)
