@@ -14,6 +14,10 @@ from typing import Any, Literal
 from mechmerge.pipeline.schema import PARAMETERS
 from mechmerge.recipe.compile import BASELINES, CONTROLS, POLICIES
 
+NEEDS = {"rounds": "rounds", "conflict": "effects", "solve": "effects", "top": "scores"}
+"""What policies are made from; others get every file that is measured."""
+SAID = {"solve": {"unproven": True}}
+"""Parameters beside the budget: `solve` is told that the linearity of its effects was not checked."""
 BUDGETS = (0.1, 0.25, 0.5)
 """Shares of each expert's head, KV and neuron parameters."""
 SHUFFLES = 5
@@ -64,7 +68,7 @@ class Arm:
         """Which measurements its recipe is made from, beside those of the arm that it is like."""
         if self.kind != "policy":
             return frozenset()
-        return frozenset({{"rounds": "rounds", "conflict": "effects", "top": "scores"}.get(self.policy, "everything")})
+        return frozenset({NEEDS.get(self.policy, "everything")})
 
 
 def _named(policy: str, settings: Mapping[str, float]) -> str:
@@ -118,7 +122,8 @@ def others() -> list[Arm]:
         if policy in (*BASELINES, *CONTROLS, *TELLING):
             continue
         if "budget" in PARAMETERS.get(policy, ()):
-            arms += [Arm(_named(policy, {"budget": budget}), "policy", policy, {"budget": budget}) for budget in BUDGETS]
+            said = SAID.get(policy, {})
+            arms += [Arm(_named(policy, {"budget": b}), "policy", policy, {"budget": b} | said) for b in BUDGETS]
         else:
             arms.append(Arm(policy, "policy", policy))
     return arms

@@ -30,6 +30,8 @@ Array = NDArray[np.float64]
 Answers = Mapping[str, Column]
 """Outcomes of one model by skill."""
 RESAMPLES = 4000
+LEAST_GAIN = 1e-3
+"""An expert's gain below this counts as this: a resample (or a dozen prompts) may have none, and shares must stay finite."""
 
 
 class Figure(NamedTuple):
@@ -69,7 +71,7 @@ def rate(column: Column) -> float:
 def plain_retained(merged: Answers, base: Answers, experts: Mapping[str, Answers]) -> dict[str, float]:
     """Retained gain of each skill, without intervals."""
     return {
-        skill: (rate(merged[skill]) - rate(base[skill])) / (rate(expert[skill]) - rate(base[skill]))
+        skill: (rate(merged[skill]) - rate(base[skill])) / max(rate(expert[skill]) - rate(base[skill]), LEAST_GAIN)
         for skill, expert in experts.items()
     }
 
@@ -158,8 +160,7 @@ class Board:
             shares = []
             for skill in skills:
                 base = self.rates("base", seed, skill)
-                # The gain is clear, but a resample may have none: a floor keeps its share finite.
-                gained = np.maximum(self.rates(skill, seed, skill) - base, 1e-3)
+                gained = np.maximum(self.rates(skill, seed, skill) - base, LEAST_GAIN)
                 shares.append((self.rates(role, seed, skill) - base) / gained)
             stacked = np.stack(shares)  # [skills, 1 + resamples, models]
             columns.append(self._drawn(stacked.min(0) if over == "min" else stacked.mean(0), role, seed))

@@ -225,7 +225,7 @@ def _chosen(found: Found, seed: int, study: Study) -> list[str]:
         cost = record["cost"]
         lines += [
             f"{log.name.removesuffix('.log.json')}: {record['steps']} steps of {record['batch']} examples, "
-            f"{record['forward-equivalents']} forward-equivalents; measuring took {cost['nodes']} examples forward and backward "
+            f"{record['forward-equivalents']} forward-equivalents; measuring took {cost['nodes']} examples both ways "
             f"with {cost['experts']} products each, and {cost['points']} forward. "
             f"Loss {record['loss'][0]:.3f} → {record['loss'][-1]:.3f}.",
             "",

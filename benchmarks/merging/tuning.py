@@ -20,13 +20,14 @@ import torch
 
 from mechmerge.artifacts import atomic_folder
 from mechmerge.localize.effect_file import EffectMetadata
-from mechmerge.localize.rounds import INTERVALS
 from mechmerge.localize.rounds_file import RoundsMetadata
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.load import load_model, load_tokenizer, quiet
 from mechmerge.progress import SILENT, Progress, track
 
 BATCH = 16
+NODES_A_ROUND = 5
+"""Points at which a round takes gradients: where it starts, and four on the way to what it proposes."""
 TRAINING_COST = 3
 """Forward-equivalents of an example in a step."""
 
@@ -63,9 +64,9 @@ def cost_of_effects(metadata: EffectMetadata) -> Cost:
 
 
 def cost_of_rounds(metadata: RoundsMetadata) -> Cost:
-    """The cost of rounds: in each the gradients where it starts and at two nodes an interval, and the losses where it ends."""
+    """The cost of rounds: their nodes, and the losses of the base, the experts, the sum, and where each round ends."""
     examples, experts, rounds = sum(b.answers for b in metadata.behaviors), len(metadata.experts), len(metadata.rounds)
-    nodes = rounds * (1 + 2 * len(INTERVALS))
+    nodes = rounds * NODES_A_ROUND
     return Cost(nodes * examples, (2 + experts + rounds) * examples, experts)
 
 
