@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -39,6 +40,7 @@ from benchmarks.merging.families import FAMILIES
 from benchmarks.merging.report import report
 from benchmarks.merging.steps import STEPS, expected, finished, hours, tasks
 from benchmarks.merging.study import FULL, QUICK, Paused, Sizes, Study
+from mechmerge.artifacts import lock
 from mechmerge.cli.common import LineProgress, set_threads
 
 SEEDS = (0, 1, 2)
@@ -101,15 +103,14 @@ def work(
     studies: dict[tuple[str, int], Study] = {}
     if missing():
         progress.note(f"this version has no {', '.join(missing())}: left out")
-    try:
+    with lock(home / ".lock", f"benchmark in {home}"), suppress(Paused):
         for task in tasks(families, seeds, only):
             progress.note(f"▶ {task.family}, seed {task.seed}: {task.name}")
             key = task.family, task.seed
             studies[key] = studies.get(key) or Study(*key, home, sizes, progress, deadline)
             task.work(studies[key])
-    except Paused:
-        return False
-    return True
+        return True
+    return False
 
 
 def plan(home: Path, sizes: Sizes, families: Sequence[str], seeds: Sequence[int], only: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from benchmarks.merging.families import FAMILIES, committed
 from benchmarks.merging.study import Sizes, Study
 
 SECONDS = {"evaluation": 45, "baseline merge": 10, "merge": 4, "training": 400, "effects": 170, "rounds": 410, "scores": 330,
-           "fine-tuning": 600}  # fmt: skip
-"""What a unit takes on two free cores: measured in the demo's runs, but for fine-tuning, which is estimated."""
+           "solution": 180, "fine-tuning": 600}  # fmt: skip
+"""What a unit takes on two free cores: measured in the demo's runs, but for solutions and fine-tuning, which are estimated."""
 
 
 def experts(study: Study) -> None:
@@ -137,7 +137,8 @@ def expected(task: Task, sizes: Sizes) -> dict[str, int]:
         case "equal":
             return {"fine-tuning": len(sizes.rates), "evaluation": len(sizes.rates) + 1}
         case "others":
-            return {"scores": 1, "merge": len(rest), "evaluation": len(rest)}
+            solved = sum(arm.measured == "solution" for arm in rest)
+            return {"scores": 1, "solution": solved, "merge": len(rest), "evaluation": len(rest)}
         case _:
             count = drawn([*telling, *rest]) - drawn(telling, "shuffles")
             return {"merge": count, "evaluation": count}

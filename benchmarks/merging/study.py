@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -205,18 +205,39 @@ class Study:
             files += found
         return files
 
-    def sources(self, needs: Iterable[str] = ()) -> Sources:
-        """What recipes are made from; with nothing needed, the models' identities alone."""
-        measured: list[Path] = []
-        wanted = set(needs)
-        if wanted & {"effects", "everything"}:
-            measured.append(self.effects())
-        if wanted & {"rounds", "everything"}:
-            measured.append(self.rounds())
-        if wanted & {"scores", "everything"}:
-            measured += self.scores()
+    def solution(self, arm: Arm) -> Path:
+        """The coefficients that `solve` finds at a budget from effects at the sum, measured there and once more if need be.
+
+        Whether those effects predict is not checked here (benchmarks/effects.py does), so it is told that they are unproven.
+        """
+        from mechmerge.localize.solving import SolveSettings, settle_solution
+
+        effects, out = self.folder / "effects-at-sum.safetensors", self.folder / "solutions" / f"{arm.name}.safetensors"
+        if not out.exists():
+            self._begin()
+            if not effects.exists():
+                around = EffectSettings(prompts=self.sizes.prompts, max_nodes=self.sizes.max_nodes, origin="sum")
+                measure_effects(self.base, self.experts, rows(self.family), effects, around, self.progress)
+            settings = SolveSettings(prompts=self.sizes.prompts, budget=arm.parameters["budget"], unproven=True)
+            measured = read_effects(effects)
+            settle_solution(self.base, self.experts, rows(self.family), measured, out, settings, self.progress)
+        return out
+
+    def sources(self, arm: Arm) -> Sources:
+        """What the recipe of an arm is made from; where nothing is measured, the models' identities alone."""
+        match arm.measured:
+            case "effects":
+                files = [self.effects()]
+            case "rounds":
+                files = [self.rounds()]
+            case "solution":
+                files = [self.solution(arm)]
+            case "scores":
+                files = self.scores()
+            case None:
+                files = []
         ids = {name: model.id for name, model in self.experts.items()}
-        return read_sources(measured, ids) if measured else Sources(self.base.id, ids)
+        return read_sources(files, ids) if files else Sources(self.base.id, ids)
 
     def cost(self) -> Cost:
         """The dearer of the two measurements of the telling policies."""
@@ -243,14 +264,15 @@ class Study:
         return out
 
     def _compiled(self, arm: Arm) -> Compiled:
-        like = read_recipe(self.recipe(self._arm(arm.like))) if arm.like else None
+        like, within = (read_recipe(self.recipe(catalogue.every()[n])) if n else None for n in (arm.like, arm.within))
         compiled = compile_recipe(
             arm.policy,
-            self.sources(arm.needs),
+            self.sources(arm),
             parameters=arm.parameters,
             seed=arm.seed,
             like=like,
             delta_norms=None if like is None else self._norms,
+            **({} if within is None else {catalogue.WITHIN: within}),
         )
         recipe = compiled.recipe
         if arm.weights:
@@ -261,9 +283,6 @@ class Study:
             method = recipe.mergekit.model_copy(update={"parameters": recipe.mergekit.parameters | dict(arm.whole)})
             recipe = recipe.model_copy(update={"mergekit": method})
         return Compiled(recipe, compiled.masks, compiled.notes)
-
-    def _arm(self, name: str | None) -> Arm:
-        return next(arm for arm in (*catalogue.telling(), *catalogue.others()) if arm.name == name)
 
     def _norms(self, expert: str) -> dict[str, Any]:
         return delta_norms(self.base.checkpoint(), self.experts[expert].checkpoint())

@@ -128,7 +128,7 @@ def tune(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(round(float(loss), 5))
+        losses.append(round(loss.item(), 5))
     with quiet(), atomic_folder(out) as partial:
         model.eval().to(torch.bfloat16).save_pretrained(partial)
         copy_side_files(base, partial)
