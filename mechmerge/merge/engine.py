@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from mechmerge.artifacts import atomic_folder, to_yaml
+from mechmerge.artifacts import atomic_folder, lock, to_yaml
 from mechmerge.errors import InputError, PairError
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
@@ -69,13 +69,9 @@ def merge(
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with atomic_folder(out) as partial:
-        if expert is not None:
-            recipe = write_recipe(partial / RECIPE_NAME, recipe, masks)
-        else:
-            shutil.copyfile(recipe_file, partial / RECIPE_NAME)
-            if recipe.masks is not None:
-                shutil.copyfile(recipe_file.with_name(recipe.masks.file), partial / recipe.masks.file)
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
+        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+        recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
         if direct and found is not None:
             write_weights(base, experts, found, recipe.out_dtype, partial, progress)
         else:
@@ -84,6 +80,8 @@ def merge(
         copy_side_files(base.folder, partial)
         if check:
             verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+        for watch in watches:
+            watch.check()
 
 
 def _is_direct(recipe: Recipe, engine: Engine) -> bool:
@@ -110,6 +108,16 @@ def _through_mergekit(
     paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
     text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
     execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+
+
+def keep_recipe(recipe_file: Path, recipe: Recipe, masks: Masks, folder: Path, *, restricted: bool) -> Recipe:
+    """Lays the recipe that is carried out beside what it makes: the file itself, or, `restricted`, that of one expert."""
+    if restricted:
+        return write_recipe(folder / RECIPE_NAME, recipe, masks)
+    shutil.copyfile(recipe_file, folder / RECIPE_NAME)
+    if recipe.masks is not None:
+        shutil.copyfile(recipe_file.with_name(recipe.masks.file), folder / recipe.masks.file)
+    return recipe
 
 
 def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:
