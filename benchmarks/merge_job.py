@@ -107,7 +107,7 @@ def _child(job: Job) -> float:
         merge(recipe, out, models, check=job.engine == "verified")
         return time.perf_counter() - started
     from mechmerge.merge.executor import execute
-    from mechmerge.merge.mergekit_api import register_method
+    from mechmerge.merge.tools import register_method
 
     register_method()
     read, masks = read_recipe(recipe)
