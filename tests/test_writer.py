@@ -177,6 +177,28 @@ def test_the_arithmetic_equals_a_plain_loop(
     assert finite == bool(expected.isfinite()[summed if dim == 0 else slice(None), slice(None) if dim == 0 else summed].all())
 
 
+@pytest.mark.parametrize("experts", [2, 5, 70])
+def test_where_values_come_from(experts: int) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.choice(
+        np.float32([0, 1, 0.5]), p=[1 - 2 / experts / 2, 0.5 / experts, 0.5 / experts], size=(experts, 300)
+    )
+    who = copied_from(values)
+    sets: dict[int, set[tuple[bool, ...]]] = {}
+    for column, kind in zip(values.T, who, strict=True):
+        entering = np.flatnonzero(column)
+        if not entering.size:
+            assert kind == BASE
+        elif entering.size == 1 and column[entering[0]] == 1:
+            assert kind == entering[0]
+        else:
+            assert kind < BASE
+            sets.setdefault(int(kind), set()).add(tuple(column != 0))
+    assert all(len(different) == 1 for different in sets.values())
+    assert len(set().union(*sets.values())) == len(sets), "one number for every set"
+    assert len(sets) > 1
+
+
 @given(seed=st.integers(0, 2**31), default=st.sampled_from([0.0, 1.0, -0.5]), share=st.sampled_from([0.02, 0.5, 1.0]))
 @settings(max_examples=10, deadline=None)
 def test_random_masks_equal_the_formula(

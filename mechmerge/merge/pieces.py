@@ -87,7 +87,7 @@ class Rows:
     def changed(self) -> Iterator[tuple[int, int]]:
         """(first, last) bytes of this piece outside which it is the base's, small gaps included."""
         width = self.bytes // (self.last - self.first)
-        for first, last in self._runs(self.values.any(0)):
+        for first, last in self._runs(self.who != BASE):
             yield first * width, last * width
 
     def compute(self, memory: torch.Tensor) -> memoryview:
