@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mechmerge.errors import CheckpointError, InputError, MechmergeError
-from mechmerge.merge.arithmetic import combine
+from mechmerge.merge.arithmetic import combine, select
 from mechmerge.merge.cuts import BASE, copied_from
 from mechmerge.merge.engine import merge
 from mechmerge.merge.executor import execute
@@ -171,7 +171,7 @@ def test_the_arithmetic_equals_a_plain_loop(
                 result = experts[entering[0]][row, column].float()
             expected[row, column] = result.to(out_dtype)
     out = base.float().to(out_dtype)
-    finite = combine(out, base, experts, values, copied_from(values), dim)
+    finite = combine(out, experts, select(values, copied_from(values), dim), out if base.dtype == out_dtype else base)
     assert torch.equal(bits(out), bits(expected))
     summed = copied_from(values) < BASE
     assert finite == bool(expected.isfinite()[summed if dim == 0 else slice(None), slice(None) if dim == 0 else summed].all())
@@ -356,6 +356,9 @@ def test_a_clone_is_written_only_where_it_changes(trio: tuple[Model, dict[str, M
     for name in set(one.files.values()):
         content = np.fromfile(tmp_path / "out" / name, np.uint8)
         written_bytes += int((content != 0xAA).sum())
+    (tmp_path / "dense").mkdir()
+    dense = found_in(written(tmp_path / "half", base, {"e0": experts["e0"]}, default=0.5), one)
+    assert write_weights(one, others, dense, "bfloat16", tmp_path / "dense", clone_file=filled).cloned == 0
     selected = 2 * (2 * 32 * 2) + 8 * 32 * 2 + 48 * 32 * 2 + 32 * 32 * 2
     assert 0.9 * selected < written_bytes <= selected
 

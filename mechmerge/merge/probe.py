@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
 from mechmerge.errors import MissingError
 
@@ -50,7 +51,7 @@ def probe(needed: dict[str, tuple[str, ...]] | None = None, wanted: str = VERSIO
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                found = importlib.import_module(module)
+                found: Any = importlib.import_module(module)
                 for name in names.split("."):
                     found = getattr(found, name)
         except (ImportError, AttributeError) as error:
