@@ -52,6 +52,7 @@ class Selection:
     def places(self, rows: int, columns: int) -> Array:
         """Numbers of the summed columns' elements in a matrix of this shape, [rows × summed]."""
         if (rows, columns) not in self._places:
+            assert isinstance(self.summed, np.ndarray)  # noqa: S101 - a run is a slice
             self._places[rows, columns] = np.add.outer(np.arange(rows) * columns, self.summed).reshape(-1)
         return self._places[rows, columns]
 
