@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mechmerge.localize.rounds import RoundSettings
     from mechmerge.localize.rounds_file import RoundsFile
     from mechmerge.localize.settings import LocalizeSettings
+    from mechmerge.merge.engine import Engine
     from mechmerge.models.pair import PositionRule, VocabularyRule
     from mechmerge.models.references import Model
     from mechmerge.pipeline.run import RunResult
@@ -311,15 +312,19 @@ def merge(
     *,
     models: Mapping[str, ModelLike] | None = None,
     expert: str | None = None,
+    engine: Engine = "auto",
+    verify: bool = True,
     progress: Progress = SILENT,
 ) -> Model:
-    """Carries out a recipe; the model folder `out` appears complete and verified, or not at all.
+    """Carries out a recipe; the model folder `out` appears complete (and verified), or not at all.
 
     Args:
         recipe: `recipe.yaml`; a path, or an `hf://` reference.
         out: the new folder; where it already holds the model of this recipe nothing is done.
         models: where models lie, by `base`, an expert's name or its reference (default: where they last were).
         expert: write only this expert of the recipe, masked, as a model of its own.
+        engine: `direct`, our writer, for recipes of coefficients; `mergekit` for any recipe; `auto`: direct where possible.
+        verify: whether the written model is verified before it appears.
         progress: told about tensors.
 
     Returns:
@@ -333,7 +338,7 @@ def merge(
     from mechmerge.models.hub_files import local_file
 
     folders = {name: resolve(model, progress=progress).path for name, model in (models or {}).items()}
-    carry_out(local_file(recipe, progress), Path(out), folders, progress, expert)
+    carry_out(local_file(recipe, progress), Path(out), folders, progress, expert, engine=engine, check=verify)
     return resolve(Path(out), progress=progress)
 
 

@@ -28,7 +28,7 @@ SIGNATURES = {
     "generate": "(model, prompts, *, max_tokens=, temperature=, seed=, chat_template=, dtype=, device=, progress=)",
     "inspect": "(file, other=, *, progress=)",
     "localize": "(base, expert, behaviors, out, *, settings=, progress=)",
-    "merge": "(recipe, out, *, models=, expert=, progress=)",
+    "merge": "(recipe, out, *, models=, expert=, engine=, verify=, progress=)",
     "publish": "(source, repo, *, model=, gate=, evaluation=, no_gate=, mode=, branch=, private=, dry_run=, tag=, "
     "license=, progress=)",
     "publish_scores": "(run, repo, *, mode=, branch=, private=, dry_run=, tag=, license=, progress=)",
@@ -56,6 +56,7 @@ COMMANDS_WITHOUT_A_FUNCTION = {
     "cache": "housekeeping of a machine, not a stage",
     "doctor": "a look at a machine, not a stage",
     "completion": "of shells",
+    "mergekit": "mergekit's own tools, not a stage",
 }
 
 

@@ -52,6 +52,7 @@ TABLE: dict[str, dict[str, str]] = {
     "doctor": {
         "device": "looks at every device", "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT,
     },
+    "mergekit": dict.fromkeys(SHARED, "all options behind the tool's name are mergekit's own"),
     "completion": dict.fromkeys(SHARED, "prints a script for a shell to read"),
 }  # fmt: skip
 

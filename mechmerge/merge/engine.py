@@ -79,7 +79,8 @@ def merge(
         _write_config(base, recipe.out_dtype, partial)
         copy_side_files(base.folder, partial)
         if check:
-            verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+            equal, changed = verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+            progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
         for watch in watches:
             watch.check()
 
