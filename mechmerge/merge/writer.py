@@ -112,6 +112,7 @@ def write_weights(
         targets = stack.enter_context(contextlib.ExitStack())
         work = stack.enter_context(_Work([piece for plan in plans for piece in plan]))
         progress.start("writing the merged weights", sum(len(plan) for plan in plans))
+        stack.callback(progress.end)
         copied = computed = cloned = 0
         for file, plan in zip(files, plans, strict=True):
             target = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -134,7 +135,6 @@ def write_weights(
                 progress.advance()
             work.flush(target)
         work.finish()
-        progress.end()
     return Written(copied, computed, cloned)
 
 
