@@ -83,16 +83,11 @@ def flush(folder: Path) -> None:
 
 
 def _child(job: Job) -> float:
-    import torch  # noqa: F401
-
     if job.engine == "torch":
+        import torch  # noqa: F401
+
         time.sleep(0.2)
         return 0.0
-    from mechmerge.merge.engine import merge, open_models
-    from mechmerge.recipe.coefficients import coefficients
-    from mechmerge.recipe.emit import emit_masked, emit_stock
-    from mechmerge.recipe.schema import read_recipe
-
     models = {name: Path(job.models) / name for name in ("base", "one", "two")}
     recipe, out = Path(job.recipe), Path(job.out)
     if job.engine == "cp":
@@ -101,6 +96,11 @@ def _child(job: Job) -> float:
         subprocess.run(["cp", "-r", "--reflink=never", str(models["base"]), str(out)], check=True)
         flush(out)
         return time.perf_counter() - started
+    from mechmerge.merge.engine import merge, open_models
+    from mechmerge.recipe.coefficients import coefficients
+    from mechmerge.recipe.emit import emit_masked, emit_stock
+    from mechmerge.recipe.schema import read_recipe
+
     if job.engine in ("direct", "verified"):
         prepare(job)
         started = time.perf_counter()
