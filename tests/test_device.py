@@ -1,7 +1,7 @@
 """Devices other than the CPU, as far as a machine without any can tell.
 
 `cpu:0` is the CPU under another name: whoever asks whether the device is `cpu` takes the accelerator's branch, and the figures
-must be those of the CPU. `meta` holds no values but refuses to mix with the CPU: a tensor that was left behind is an error there.
+must be those of the CPU. `meta` holds no values but refuses to mix with the CPU: a tensor left behind is an error there.
 """
 
 from __future__ import annotations
