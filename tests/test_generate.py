@@ -14,7 +14,7 @@ from mechmerge.behaviors.chat import render
 from mechmerge.behaviors.generation import Decoder, generate, prompt_tokens
 from mechmerge.behaviors.sampling import Sampler
 from mechmerge.behaviors.trial import Pieces, Trial
-from mechmerge.cli.common import visible
+from mechmerge.cli.common import lines
 from mechmerge.cli.main import cli
 from mechmerge.errors import InputError
 from mechmerge.models.load import load_model, load_tokenizer
@@ -118,7 +118,7 @@ def call(*arguments: str, stdin: str | None = None) -> Result:
 def test_answers_as_text_and_as_json(tmp_path: Path, base: Model) -> None:
     other = str(tiny_model(tmp_path / "other", seed=5))
     answer = Trial(base.path, dtype="float32").answer("Say tea.", max_tokens=8)
-    shown = visible(answer.text) + ("" if answer.finished else " […]") + "\n"
+    shown = lines(answer.text) + ("" if answer.finished else " […]") + "\n"
     assert call(str(base.path), "Say tea.").output == shown
     assert call(str(base.path), "-", stdin="Say tea.\n").output == shown
     assert call(str(base.path), stdin="\nSay tea.\n \nSay tea.\n").output == 2 * shown, "a line each, empty ones left out"
@@ -164,7 +164,7 @@ def test_templates(tmp_path: Path, base: Model) -> None:
 
 
 def test_control_characters_are_shown_not_obeyed() -> None:
-    assert visible("a\x1b[2Jb\tc\nd\u202ee\x9b é 😀") == "a\\x1b[2Jb\\tc\nd\\u202ee\\x9b é 😀"
+    assert lines("a\x1b[2Jb\tc\nd\u202ee\x9b é 😀") == "a\\x1b[2Jb\\tc\nd\\u202ee\\x9b é 😀"
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from mechmerge.cli.common import (
     device_option,
     escape,
     format_option,
+    lines,
     make_progress,
     memory_guard,
     quiet_option,
     set_threads,
     threads_option,
-    visible,
     wide_console,
 )
 
@@ -92,7 +92,7 @@ def _answer_all(
         elif len(trials) > 1:
             _side_by_side(prompt, names, [trial.answer(prompt, number=number, **options) for trial in trials])
         else:
-            answer = trials[0].answer(prompt, number=number, told=lambda piece: click.echo(visible(piece), nl=False), **options)
+            answer = trials[0].answer(prompt, number=number, told=lambda piece: click.echo(lines(piece), nl=False), **options)
             click.echo("" if answer.finished else " […]")
     if output == "json":
         import json
@@ -102,7 +102,7 @@ def _answer_all(
 
 
 def _tell(piece: str) -> None:
-    click.echo(visible(piece), nl=False)
+    click.echo(lines(piece), nl=False)
 
 
 def _record(name: str, answer: Answer) -> dict[str, Any]:

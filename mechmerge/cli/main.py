@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mechmerge.cli.config import apply, name_variables
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import MechmergeError, machine_error
 from mechmerge.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
     "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
+    "mergekit": ("mergekit", "Run mergekit's own tools with our merge method registered."),
+    "export": ("export", "Write a recipe as a LoRA adapter, or one of its experts as a masked checkpoint."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
     "compare": ("compare", "Compare models of evaluation files, paired on the same prompts."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
@@ -96,8 +98,12 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        trouble = machine_error(error)
+        if trouble is not None:
+            print(f"mechmerge: {trouble}", file=sys.stderr)
+            sys.exit(trouble.exit_code)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"mechmerge: a bug, or a machine in trouble: {text[:500]} (--debug shows where)", file=sys.stderr)
+        print(f"mechmerge: a bug: {text[:500]} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from mechmerge.cli.common import (
     threads_option,
     wide_console,
 )
+from mechmerge.errors import visible
 
 if TYPE_CHECKING:
     from mechmerge.pipeline.run import RunResult
@@ -69,7 +70,7 @@ def show_result(result: RunResult, output: str) -> None:
     console = wide_console()
     console.print(render_table(result.evaluation))
     for rule in result.gate.rules:
-        console.print(rule.line, markup=False, highlight=False)
+        console.print(visible(rule.line), markup=False, highlight=False)
     console.print("gate: passed" if result.gate.passed else "gate: REFUSED", markup=False, highlight=False)
     for title, name in (("report", "report.md"), ("heat maps", "figures"), ("model card", "README.md")):
         console.print(f"{title}: {result.run / name}", markup=False, highlight=False, soft_wrap=True)
