@@ -9,8 +9,6 @@ import pytest
 from click.testing import CliRunner
 
 from mechmerge.cli.main import cli
-from mechmerge.errors import MissingError
-from mechmerge.merge.probe import NEEDED, probe
 from mechmerge.pipeline.doctor import Check, examine, passes
 
 TOKEN = "hf_" + "secretsecretsecret"
@@ -60,17 +58,6 @@ def test_extras_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["extra vllm"].state == "note"
     assert found["extra vllm"].fix == "pip install 'mechmerge[vllm]'"
     assert found["extra tune"].state == "ok"
-
-
-def test_the_probe_sees_what_mergekit_lacks() -> None:
-    assert probe() == "0.1.5"
-    for place, parameters, said in (
-        ("mergekit.nowhere:Thing", (), "mergekit.nowhere"),
-        ("mergekit.graph:Nothing", (), "Nothing"),
-        ("mergekit.graph:Executor", ("nonsense",), "nonsense"),
-    ):
-        with pytest.raises(MissingError, match=said):
-            probe(NEEDED | {place: parameters})
 
 
 def test_a_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,10 +135,11 @@ def _problem(requirement: object) -> str:
 
 
 def _mergekit() -> Iterator[Check]:
-    from mechmerge.merge.probe import probe
+    from mechmerge.merge.mergekit_api import VERSION, probe
 
     try:
-        yield Check("mergekit", "ok", f"{probe()}, with all that is called")
+        probe()
+        yield Check("mergekit", "ok", f"{VERSION}, with all that is used of it")
     except MissingError as error:
         yield Check("mergekit", "missing", f"expected {error.expected}; found {error.found}", error.fix or "")
 
