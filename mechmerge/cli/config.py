@@ -74,8 +74,7 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 def inner_commands(command: click.Command) -> dict[str, click.Command]:
     """The commands inside a command: those of a group, or those that `recipe` hands over to."""
-    found: dict[str, click.Command] = command.commands if isinstance(command, click.Group) else getattr(command, "others", {})
-    return dict(found)
+    return dict(command.commands if isinstance(command, click.Group) else getattr(command, "others", {}))
 
 
 def name_variables(command: click.Command, prefix: str) -> None:

@@ -90,7 +90,8 @@ def prune(older_than: float, *, dry_run: bool = False, now: float | None = None)
     """
     limit = (time.time() if now is None else now) - older_than
     old = [entry for entry in entries() if entry.used <= limit and entry.kind != "other"]
-    removed, kept = [], []
+    removed: list[Entry] = []
+    kept: list[Entry] = []
     for entry in old:
         if dry_run:
             (kept if entry.in_use else removed).append(entry)
