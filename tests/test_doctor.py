@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_extras_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["extra vllm"].state == "note"
     assert found["extra vllm"].fix == "pip install 'mechmerge[vllm]'"
     assert found["extra tune"].state == "ok"
+
+
+def test_extras_of_what_is_required_count() -> None:
+    found = by_name(examine(offline=True, requirements=['lm-eval[vllm]>=0.4; extra == "vllm"']))["extra vllm"]
+    assert (found.state == "ok") is (find_spec("vllm") is not None), found
 
 
 def test_a_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
