@@ -169,7 +169,7 @@ def test_pruned_models_are_made_again_with_the_same_bytes(cache: Path, tmp_path:
         return done.stdout
 
     first = digest()
-    assert len(prune(0)[0]) == 3
+    assert sorted(entry.kind for entry in prune(0)[0] if entry.kind != "digests") == ["known", "known", "materialised"]
     assert entries() == []
     assert digest() == first
 
