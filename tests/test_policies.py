@@ -15,7 +15,7 @@ from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.compile import shares
 from mechmerge.recipe.controls import magnitude_like, random_like
-from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top
+from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
 from mechmerge.recipe.schema import Masks
 from tests.measured import LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
 from tests.test_recipe import recipe
@@ -197,6 +197,56 @@ def test_top_needs_scores() -> None:
         bare = dataclasses.replace(file, arrays={n: a for n, a in file.arrays.items() if n != name})
         with pytest.raises(SchemaError, match="head"):
             top({"first": [bare]}, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- weighted
+@given(budget=st.floats(0.05, 0.6), seed=st.integers(0, 50), scale=st.sampled_from(["rank", "share"]))
+@settings(max_examples=30, deadline=None)
+def test_weighted_rises_with_the_score_and_meets_the_budget(budget: float, seed: int, scale: str) -> None:
+    file = score_file(seed)
+    choice = weighted({"first": [file]}, budget, scale)  # type: ignore[arg-type]
+    assert choice.defaults == {"first": 0.0}
+    for kind in UNIT_KINDS:
+        score, mask = file.score(kind), choice.masks[f"first.{kind}"]
+        assert ((mask >= 0) & (mask <= 1)).all()
+        assert (mask[-1] == 0).all(), "above the anchor"
+        order = np.argsort(score[:-1], axis=None)
+        assert (np.diff(mask[:-1].ravel()[order]) >= -1e-6).all()
+        short = any(f"too few {kind} " in note for note in choice.notes)
+        assert mask.mean() == pytest.approx(budget, abs=1e-3) or (short and mask.mean() < budget)
+    if scale == "share":
+        assert all((choice.masks[f"first.{k}"][file.score(k) <= 0] == 0).all() for k in UNIT_KINDS)
+
+
+def test_weighted_against_a_plain_reading() -> None:
+    """Two thirds of the layers have scores: at a budget of a third γ is 1, since the mean of (rank − ½) / n is a half."""
+    file = score_file(4)
+    mask = weighted({"first": [file]}, 1 / 3).masks["first.neuron"]
+    score = file.score("neuron")[:2]
+    expected = [[((score <= value).sum() - 0.5) / 96 for value in row] for row in score]
+    assert mask[:2] == pytest.approx(np.array(expected), abs=1e-4)
+    share = weighted({"first": [file]}, 0.1, "share").masks["first.neuron"]
+    above = share[(share > 0) & (share < 1)]
+    ratio = above / file.score("neuron")[(share > 0) & (share < 1)]
+    assert ratio == pytest.approx(np.full_like(ratio, ratio[0]), rel=1e-4), "in proportion to the score, up to 1"
+
+
+def test_weighted_overlap_and_what_it_says() -> None:
+    one, other = score_file(1), score_file(2, SECOND)
+    both = {"first": [one], "second": [other]}
+    total, share, winner = (weighted(both, 0.5, "rank", overlap).masks for overlap in ("sum", "share", "winner"))  # type: ignore[arg-type]
+    for kind in UNIT_KINDS:
+        a, b = total[f"first.{kind}"], total[f"second.{kind}"]
+        assert share[f"first.{kind}"] == pytest.approx(a / np.maximum(a + b, 1), abs=1e-6)
+        assert np.array_equal(winner[f"first.{kind}"], np.where(a >= b, a, 0))
+        assert np.array_equal(winner[f"second.{kind}"], np.where(b > a, b, 0))
+    notes = weighted({"first": [one]}, 0.9, "share").notes
+    assert any("too few neuron components have a score: mean coefficient 0." in note for note in notes)
+    for budget in (0, 1.5):
+        with pytest.raises(InputError, match="budget"):
+            weighted({"first": [one]}, budget)
+    bare = ScoreFile(one.metadata, {n: np.full_like(a, np.nan) if n == "head.screen" else a for n, a in one.arrays.items()})
+    assert (weighted({"first": [bare]}, 0.5).masks["first.head"] == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- controls

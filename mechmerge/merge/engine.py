@@ -78,7 +78,8 @@ def merge(
             if recipe.masks is not None:
                 shutil.copyfile(recipe_file.with_name(recipe.masks.file), partial / recipe.masks.file)
         paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-        text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
+        plain = recipe.mergekit is not None and not recipe.mergekit.within
+        text = emit_baseline(recipe, paths) if plain else emit_masked(recipe, partial / RECIPE_NAME, paths)
         execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
         _write_config(base, recipe.out_dtype, partial)
         copy_side_files(base.folder, partial)
