@@ -82,6 +82,7 @@ def command(
     from mechmerge.localize.effect_file import MEASURED
     from mechmerge.localize.effects import EffectSettings, measure_effects, plan_matrix
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
     rows = behavior_rows(behaviors, weights, protect)
     set_threads(threads)
@@ -89,6 +90,7 @@ def command(
     models = open_experts(experts, progress)
     settings = EffectSettings(on_invalid=options.pop("invalid_anchor"), check=options.pop("check") or 0, **options)
     model = resolve(base, progress=progress)
+    note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
         show_plan(plan_matrix(model.checkpoint(), len(models), rows, settings), output)
         return

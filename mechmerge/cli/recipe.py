@@ -7,7 +7,17 @@ from typing import Any, ClassVar
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, named_numbers, pair_options, quiet_option, show_all
+from mechmerge.cli.common import (
+    format_option,
+    make_progress,
+    named,
+    named_numbers,
+    pair_options,
+    quiet_option,
+    set_threads,
+    show_all,
+    threads_option,
+)
 from mechmerge.cli.recipe_explain import diff, explain, summary
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
@@ -89,6 +99,7 @@ class CommandWithOthers(click.Command):
 )
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
 @pair_options
+@threads_option
 @quiet_option
 @format_option
 def command(
@@ -103,6 +114,7 @@ def command(
     seed: int,
     emit: str | None,
     models: tuple[str, ...],
+    threads: int | None,
     quiet: bool,
     output: str,
     **options: Any,
@@ -123,6 +135,7 @@ def command(
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
+    set_threads(threads)
     progress = make_progress(quiet)
     folders = open_folders(models)
     sources = read_sources([local_file(file, progress) for file in files])

@@ -90,6 +90,7 @@ def command(
     from mechmerge.localize.rounds import RoundSettings, settle
     from mechmerge.localize.solving import SolveSettings, settle_solution
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
     if effects is None and (budget is not None or limits or unproven):
         raise InputError("rounds", expected="--solve EFFECTS with --budget, --limit and --unproven", found="none")
@@ -98,6 +99,7 @@ def command(
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
     settings, model = RoundSettings(**options), resolve(base, progress=progress)
+    note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
         show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
         return

@@ -36,7 +36,7 @@ from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
 from mechmerge.models.deltas import delta_of
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
-from mechmerge.models.references import Model
+from mechmerge.models.references import Model, unchanged
 from mechmerge.progress import SILENT, Progress
 from mechmerge.versions import versions
 
@@ -196,7 +196,9 @@ class Calibration:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        self.units = Units(folder, self.inputs)
+        self.check = unchanged(base, *self.experts.values())
+        """Raises where a model's files are no longer those that were measured."""
+        self.units = Units(folder, self.inputs, self.check)
         self.asked: dict[int, int] = {}
         """Prompts asked, by row."""
         self._deltas: dict[str, list[torch.Tensor | None]] = {}

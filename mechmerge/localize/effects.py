@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from mechmerge.artifacts import lock
 from mechmerge.localize.anchor_calibration import AnchorCalibration, AnchorCalibrationSettings, members_of
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, rows_of
 from mechmerge.localize.effect_file import EFFECT_KINDS, PATHS, BehaviorEffect, EffectFile, EffectMetadata, Linearity, Origin
@@ -89,9 +90,12 @@ def measure_effects(
     settings = settings or EffectSettings()
     kind = AnchorCalibration if settings.metric == "anchor" else Calibration
     calibration = kind(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
-    file = _along_the_path(calibration, settings) if settings.origin == "base" else _from_the_sum(calibration, settings)
-    file.write(out)
-    calibration.discard()
+    with lock(out.with_name(f".{out.name}.lock"), f"effect file {out}"):
+        along = _along_the_path if settings.origin == "base" else _from_the_sum
+        file = along(calibration, settings)
+        calibration.check()
+        file.write(out)
+        calibration.discard()
     return file
 
 

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from mechmerge.artifacts import lock
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
 from mechmerge.localize.proposal import Units, agreed, drop, everything, per_nat, propose, switch, turned_over
@@ -76,9 +77,11 @@ def settle(
     """
     settings = settings or RoundSettings()
     calibration = Calibration(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
-    file = _rounds(calibration, settings)
-    file.write(out)
-    calibration.units.discard()
+    with lock(out.with_name(f".{out.name}.lock"), f"rounds file {out}"):
+        file = _rounds(calibration, settings)
+        calibration.check()
+        file.write(out)
+        calibration.units.discard()
     return file
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from mechmerge.errors import MechmergeError
+from mechmerge.merge.delta import summed_delta
 from mechmerge.merge.within import merge_within
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of, tensor_coefficient
@@ -53,13 +54,8 @@ def masked(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
         raise MechmergeError(METHOD, expected="a base and a named tensor", found=str(name))
     plan = _plan(recipe, str(base.id.model.path))
     by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
-    total = None
-    for which in plan.recipe.experts:
-        delta = by_expert[which] - base.tensor
-        delta *= _broadcast(plan, name, delta, which)
-        total = delta if total is None else total.add_(delta)
-    if total is None:
-        raise MechmergeError(METHOD, expected="experts", found="none")
+    ordered = {which: by_expert[which] for which in plan.recipe.experts}
+    total = summed_delta(name, base.tensor, ordered, plan.owners[name], plan.found)
     merged: torch.Tensor = total.add_(base.tensor)
     return merged
 

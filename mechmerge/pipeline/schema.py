@@ -211,7 +211,7 @@ class Pipeline(Document):
         import re
 
         for name in self.recipes:
-            if not re.match(RECIPE, name):
+            if not re.fullmatch(RECIPE, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . and -)")
         for name in self.protect.keys() & self.behaviors.keys():
             raise ValueError(f"protect {name}: the name is taken by a behaviour")
@@ -219,7 +219,7 @@ class Pipeline(Document):
             if plan.policy == "solve" and not self.effects.check and not plan.parameters.get("unproven"):
                 raise ValueError(f"recipe {name}: the policy solve needs effects.check (84 masks are many), or unproven: true")
         for name in (*self.experts, *self.behaviors, *self.protect):
-            if not re.match(NAME, name):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
         taken = {"base", *self.experts}
         for name, plan in self.recipes.items():

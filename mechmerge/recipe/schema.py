@@ -133,7 +133,7 @@ class Recipe(Document):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name, expert in self.experts.items():
-            if not re.match(NAME, name) or name == "base":
+            if not re.fullmatch(NAME, name) or name == "base":
                 raise ValueError(f"experts: {name!r} is not a plain name (letters, digits, _ and -; not 'base')")
             _finite(expert.default, f"experts.{name}.default")
         for i, rule in enumerate(self.rules):
