@@ -78,13 +78,14 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
         for delta, which, own in zip(deltas, names, told, strict=True)
     ]
     densities = [float(own.get("density", 1.0)) for own in told]
-    return base.tensor + merge_within(
+    merged: torch.Tensor = base.tensor + merge_within(
         deltas,
         weights,
         densities,
         drawn=method.method == "dare_ties",
         normalize=bool(method.parameters.get("normalize", False)),
     )
+    return merged
 
 
 def _broadcast(plan: Plan, name: str, delta: torch.Tensor, expert: str) -> torch.Tensor:
