@@ -226,12 +226,12 @@ def test_pipelines_that_break_the_schema(
 def test_several_seeds_are_several_recipes(tmp_path: Path, base: Model, expert: Model, second_expert: Model) -> None:
     recipes = {
         "conflict": {"policy": "conflict"},
-        "shuffle": {"policy": "random", "like": "conflict", "seed": 3, "seeds": 5, "parameters": {"by_norm": True}},
+        "shuffle": {"policy": "random", "like": "conflict", "seed": 3, "seeds": 5, "parameters": {"match_norms": True}},
     }
     plan = load_pipeline(write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes=recipes))
     assert list(plan.recipes) == ["conflict", *(f"shuffle-{seed}" for seed in range(3, 8))]
     assert [p.seed for p in plan.recipes.values()] == [0, 3, 4, 5, 6, 7]
-    assert all(p.parameters == {"by_norm": True} for name, p in plan.recipes.items() if name != "conflict")
+    assert all(p.parameters == {"match_norms": True} for name, p in plan.recipes.items() if name != "conflict")
 
 
 def test_check_looks_at_references_without_reading_models(tmp_path: Path, base: Model, expert: Model) -> None:

@@ -90,7 +90,7 @@ class CommandWithOthers(click.Command):
               help="ties, dare-ties: work only inside this recipe's coefficients.")  # fmt: skip
 @click.option("--like", metavar="FILE", help="random, magnitude: the recipe whose shares they copy.")
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
-@click.option("--by-norm", is_flag=True, default=None,
+@click.option("--match-norms", is_flag=True, default=None,
               help="random: shuffle within each layer among components whose deltas are about as large.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties, della: seed of what is drawn.")
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)

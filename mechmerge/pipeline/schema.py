@@ -24,7 +24,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "solve": ("budget", "limit", "agreement", "unproven"),
     "top": ("budget", "overlap"),
     "weighted": ("budget", "scale", "overlap"),
-    "random": ("per_layer", "by_norm"),
+    "random": ("per_layer", "match_norms"),
     "magnitude": ("per_layer",),
     "task-arithmetic": ("weight",),
     "linear": ("weight",),

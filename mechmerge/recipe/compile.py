@@ -102,7 +102,7 @@ def compile_recipe(
         sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
         parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `solve`: budget,
             limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`: budget, scale,
-            overlap; `random`, `magnitude`: per_layer; `random`: by_norm; baselines: `OF_BASELINES`.
+            overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
         seed: of what is drawn at random: `random` and `DRAWN`.
         like: for the controls, the recipe whose shares they copy, with its masks.
         within: for `ties` and `dare-ties`, the recipe whose coefficients they work inside, with its masks.
@@ -330,7 +330,7 @@ def _control(
     common: dict[str, Any],
 ) -> Compiled:
     model, masks = like
-    _known(policy, given, ["per_layer", "by_norm"] if policy == "random" else ["per_layer"])
+    _known(policy, given, ["per_layer", "match_norms"] if policy == "random" else ["per_layer"])
     if not masks or model.rules:
         raise InputError(
             f"policy {policy}", expected="a recipe of masks to be like", found=f"one of rules ({model.policy.name})"
@@ -338,7 +338,7 @@ def _control(
     if model.base.digest != sources.base.digest:
         raise InputError(f"policy {policy}", expected=f"a recipe of the base {sources.base.name}", found=model.base.name)
     per_layer = bool(given.get("per_layer", False))
-    if policy == "random" and given.get("by_norm", False):
+    if policy == "random" and given.get("match_norms", False):
         drawn = norm_matched(masks, _norms(model, masks, sources, delta_norms), seed)
     elif policy == "random":
         drawn = random_like(masks, seed, per_layer)
