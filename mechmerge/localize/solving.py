@@ -161,6 +161,7 @@ def _solutions(calibration: Calibration, effects: EffectFile, settings: SolveSet
         solve=SolveRecord(
             budget=settings.budget,
             limits=limits,
+            agreement=settings.agreement,
             worst_predicted=solved.worst,
             worst_realised=_worst(base_loss, own, there),
             path=effects.metadata.path,

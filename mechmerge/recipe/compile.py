@@ -160,8 +160,9 @@ def _measured(policy: str, sources: Sources) -> Any:
         if sources.rounds is None:
             raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
         return sources.rounds
-    if policy == "solve" and sources.rounds is not None:
-        return sources.rounds
+    settled = sources.rounds
+    if policy == "solve" and settled is not None and (settled.metadata.method == "solve" or sources.effects is None):
+        return settled
     if policy in ("conflict", "solve"):
         if sources.effects is None:
             raise InputError(
@@ -198,12 +199,12 @@ def _asked(file: RoundsFile, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     proven = record.linearity is not None and record.linearity.holds
     limits = {f"limit.{name}": limit for name, limit in record.limits.items()}
-    asked = {"budget": record.budget, **limits} | ({} if proven else {"unproven": True})
+    asked = {"budget": record.budget, **limits} | ({} if record.agreement else {"agreement": False})
+    asked |= {} if proven else {"unproven": True}
     for name, value in given.items():
-        if name not in ("unproven", "agreement") and asked.get(name) != value:
-            raise InputError(
-                f"policy solve: {name}", expected=f"{asked.get(name)}, as the rounds file was made", found=repr(value)
-            )
+        was = asked.get(name, True if name == "agreement" else None)
+        if name != "unproven" and was != value:
+            raise InputError(f"policy solve: {name}", expected=f"{was}, as the rounds file was made", found=repr(value))
     return asked
 
 
