@@ -294,7 +294,9 @@ def test_arms_have_names_of_their_own(family: str) -> None:
     names = [arm.name for arm in (*made, *controls)]
     assert len(set(names)) == len(names)
     assert {arm.policy for arm in made if arm.kind == "baseline"} == set(arms.BASELINES)
-    assert {arm.policy for arm in made if arm.kind == "policy"} == set(arms.POLICIES) - set(arms.BASELINES) - set(arms.CONTROLS)
+    whole = {arm.policy for arm in made if arm.kind == "policy" and arm.within is None}
+    assert whole == set(arms.POLICIES) - set(arms.BASELINES) - set(arms.CONTROLS)
+    assert {arm.policy for arm in made if arm.within is not None} == {"ties", "dare-ties"}
 
 
 def test_every_policy_has_its_controls() -> None:
@@ -302,15 +304,18 @@ def test_every_policy_has_its_controls() -> None:
         made = arms.controls(policy)
         shuffles = made[f"shuffles of {policy.name}"]
         assert len(shuffles) >= 5
-        assert len({arm.seed for arm in shuffles}) == len(shuffles)
-        assert all(arm.parameters["per_layer"] and arm.like == policy.name for drawn in made.values() for arm in drawn)
+        assert len({(arm.seed, arm.within) for arm in shuffles}) == len(shuffles)
+        for arm in (arm for drawn in made.values() for arm in drawn):
+            inside = arms.every()[arm.within] if policy.within is not None and arm.within is not None else arm
+            assert inside.parameters["per_layer"]
+            assert inside.like == (policy.within or policy.name)
         assert f"magnitude of {policy.name}" in made
     budgets = {arm.parameters["budget"] for arm in arms.others() if arm.policy == "top"}
     assert budgets == {0.1, 0.25, 0.5}
 
 
 def test_what_this_version_lacks_is_told() -> None:
-    assert set(arms.missing()) == set(arms.WANTED) - set(arms.POLICIES)
+    assert set(arms.missing()) == set(arms.WANTED) - set(arms.POLICIES) - {arms.WITHIN}
 
 
 def test_the_best_is_by_mean_or_by_minimum() -> None:
