@@ -28,7 +28,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "ties": ("weight", "density"),
     "dare-ties": ("weight", "density"),
 }
-"""What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`."""
+"""What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`. All take `strength.EXPERT`, which
+multiplies an expert's coefficients.
+"""
 
 
 class BehaviorPlan(Document):
@@ -81,7 +83,7 @@ class RecipePlan(Document):
     def _controls(self) -> RecipePlan:
         known = PARAMETERS[self.policy]
         for name in self.parameters:
-            if name.partition(".")[0] not in known:
+            if name.partition(".")[0] not in (*known, "strength"):
                 raise ValueError(f"parameters: {name!r} is not one of {', '.join(known) or 'none'} (policy {self.policy})")
         if self.policy == "top" and "budget" not in self.parameters:
             raise ValueError("parameters: the policy top needs a budget")

@@ -16,6 +16,7 @@ from mechmerge.recipe.controls import magnitude_like, random_like
 from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, rounds, top
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
 from mechmerge.recipe.sources import Sources
+from mechmerge.recipe.strengths import strengthened, without_strengths
 
 CONTROLS = ("random", "magnitude")
 BASELINES: dict[str, str] = {"task-arithmetic": "task_arithmetic", "linear": "linear", "ties": "ties", "dare-ties": "dare_ties"}
@@ -56,7 +57,8 @@ def compile_recipe(
         policy: one of `POLICIES`.
         sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
         parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `top`: budget,
-            overlap; `random`, `magnitude`: per_layer; baselines: weight, and density for `ties` and `dare-ties`.
+            overlap; `random`, `magnitude`: per_layer; baselines: weight, and density for `ties` and `dare-ties`. All:
+            `strength.EXPERT`, which multiplies every coefficient of an expert (recipe/strengths.py).
         seed: of `random` and `dare-ties`.
         like: for the controls, the recipe whose shares they copy, with its masks.
         delta_norms: called by `magnitude` for experts without score files.
@@ -66,7 +68,13 @@ def compile_recipe(
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}", expected=f"one of {', '.join(POLICIES)}", found="none of them")
-    given = dict(parameters or {})
+    strengths, given = without_strengths(parameters or {})
+    if strengths:
+        plain = compile_recipe(
+            policy, sources, parameters=given, seed=seed, like=like, delta_norms=delta_norms,
+            out_dtype=out_dtype, vocabulary=vocabulary, positions=positions,
+        )  # fmt: skip
+        return Compiled(*strengthened(plain.recipe, plain.masks, strengths, sources.effects), plain.notes)
     common: dict[str, Any] = {"out_dtype": out_dtype, "vocabulary": vocabulary, "positions": positions}
     if policy in BASELINES:
         return Compiled(_baseline(policy, sources, given, seed, common), {})
