@@ -1,12 +1,13 @@
 """A merge as a loaded model, without a checkpoint on disk: for trying many recipes of the same models.
 
-Its weights are those that `merge` writes, bit for bit: the same sums (merge/delta.py), added to the base in float32 and
-rounded once to the recipe's output dtype, then to the dtype that is computed in. A baseline of mergekit's own is written to a
+Its weights are those that `merge` writes, bit for bit: the direct writer's arithmetic (merge/arithmetic.py), rounded once to
+the recipe's output dtype, then to the dtype that is computed in. A baseline of mergekit's own is written to a
 temporary folder and read back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 
 from mechmerge.artifacts import digest
-from mechmerge.merge.delta import summed_delta
+from mechmerge.errors import InputError
+from mechmerge.merge.arithmetic import combine
+from mechmerge.merge.cuts import cut_of
+from mechmerge.merge.mapped import Mapped
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import load_model, torch_dtype
 from mechmerge.models.packed import load_packed, packed
@@ -62,11 +66,18 @@ def merged_model(
     found, owners = coefficients(recipe, masks, base.arch), owners_of(base.layout)
     model = load_model(base.folder, dtype, device)
     places = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name in base.entries:
-            own = base.tensor(name).float()
-            delta = summed_delta(name, own, {e: c.tensor(name).float() for e, c in experts.items()}, owners[name], found)
-            places[base.arch.family.loaded_name(name)].copy_(delta.add_(own).to(torch_dtype(recipe.out_dtype)))
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        own, *others = (stack.enter_context(Mapped(checkpoint)) for checkpoint in (base, *experts.values()))
+        for name, shape in base.shapes.items():
+            cut = cut_of(name, shape, owners[name], found, list(experts))
+            start = own.matrix(name)
+            merged = start.float().to(torch_dtype(recipe.out_dtype), copy=True)
+            if not combine(merged, start, [other.matrix(name) for other in others], cut.values, cut.who, cut.dim):
+                raise InputError(
+                    f"recipe: {name}", expected="finite weights", found="NaN or infinite ones",
+                    fix="a coefficient may be too large for the dtype",
+                )  # fmt: skip
+            places[base.arch.family.loaded_name(name)].copy_(merged.reshape(shape))
     return packed(model, dtype, device)
 
 

@@ -124,7 +124,7 @@ def tune(
 def measured(stages: Stages, plan: RecipePlan) -> list[Path]:
     """Measures what the policy and the predictions need: the effects always, all else where the policy may ask for it."""
     stages.effects()
-    if plan.policy in ("conflict", "task-arithmetic", "linear", "ties", "dare-ties"):
+    if plan.policy in ("conflict", "solve", "task-arithmetic", "linear", "ties", "dare-ties"):
         return [stages.run / "effects.safetensors"]
     stages.localize()
     stages.rounds()
