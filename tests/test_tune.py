@@ -150,17 +150,9 @@ def test_no_test_prompt_is_asked(pipeline: Path, tmp_path: Path) -> None:
         check_development([load_suite(suite.name, "develop")])
     with pytest.raises(InputError, match="a benchmark's task"):
         tune(pipeline, tmp_path / "out", suites=["lm_eval:arc_easy"])
-    official = tmp_path / "official.jsonl"
-    official.write_text(
-        json.dumps({"key": 1, "prompt": "Shout.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]})
-        + "\n"
-    )
-    plan = yaml.safe_load(pipeline.read_text())
-    plan["evaluate"] |= {"suites": ["ifeval"], "ifeval_data": str(official)}
-    other = pipeline.with_name("official.yaml")
-    other.write_text(yaml.safe_dump(plan))
-    with pytest.raises(InputError, match=r"suite ifeval: expected development prompts"):
-        tune(other, tmp_path / "out")
+    for split in ("official", "test", "lm-eval"):
+        with pytest.raises(InputError, match=f"suite short: expected development prompts; found the split {split}"):
+            check_development([small_suite(), small_suite().model_copy(update={"split": split})])
     assert not (tmp_path / "out").exists(), "it is refused before anything is measured"
 
 
@@ -264,7 +256,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, base: Model, expert: Mode
     return write_pipeline(folder, base, {"a": expert, "b": second_expert})
 
 
-SETTINGS = TuneSettings(trials=9, limit=6, chunk=3, patience=9)
+SETTINGS = TuneSettings(trials=9, limit=6, chunk=3, patience=20)
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +340,7 @@ class Telling(NullProgress):
         print(text, flush=True)
 
 torch.set_num_threads(1)
-tune(Path(sys.argv[1]), Path(sys.argv[2]), TuneSettings(trials=9, limit=6, chunk=3, patience=9), progress=Telling())
+tune(Path(sys.argv[1]), Path(sys.argv[2]), TuneSettings(trials=9, limit=6, chunk=3, patience=20), progress=Telling())
 """
 
 

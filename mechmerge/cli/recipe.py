@@ -76,6 +76,8 @@ class CommandWithOthers(click.Command):
               help="solve: most predicted rise of a behaviour's loss above the base's (protected ones: 0.1).")  # fmt: skip
 @click.option("--unproven", is_flag=True, default=None,
               help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
+@click.option("--strength", "strengths", multiple=True, metavar="NAME=S",
+              help="Multiply every coefficient of an expert, whatever the policy.")  # fmt: skip
 @click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties: share of every delta that is kept.")
 @click.option("--like", metavar="FILE", help="random, magnitude: the recipe whose shares they copy.")
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
@@ -96,6 +98,7 @@ def command(
     weights: tuple[str, ...],
     protect: tuple[str, ...],
     limits: tuple[str, ...],
+    strengths: tuple[str, ...],
     like: str | None,
     seed: int,
     emit: str | None,
@@ -127,10 +130,11 @@ def command(
     sources = read_sources([local_file(file, progress) for file in files])
     model = None if like is None else read_recipe(local_file(like, progress))
     common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}
+    strong = {f"strength.{name}": value for name, value in named_numbers(strengths, "--strength").items()}
     compiled = compile_recipe(
         policy,
         sources,
-        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits),
+        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits) | strong,
         seed=seed,
         like=model,
         delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),

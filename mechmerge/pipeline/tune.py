@@ -79,6 +79,9 @@ def tune(
     check_development((), pipeline.evaluate.suites)
     loaded = suites_of(pipeline, source.folder)
     check_development(loaded)
+    for suite in loaded:
+        if suite.split == "file":
+            progress.note(f"note: {suite.name} has no splits: its prompts are development prompts from now on")
     pipeline = pipeline.model_copy(update={"recipes": {name: plan}, "publish": name})
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", f"search {out}"):
