@@ -452,7 +452,7 @@ def test_the_command(tuned: tuple[Path, Tuning], pipeline: Path) -> None:
         "--chunk",
         "3",
         "--patience",
-        "9",
+        "20",
         "--quiet",
     ]
     done = CliRunner().invoke(cli, [*options, "--format", "json"])
