@@ -137,7 +137,7 @@ def measure(folder: Path, quick: bool, seeds: int, prompts: int, evaluations: in
     progress = LineProgress()
     source = resolve_pipeline(demo_folder() / "pipeline.yaml", progress)
     plan = source.pipeline
-    effects = plan.effects.model_copy(update={"prompts": 12, "max_nodes": 6} if quick else {})
+    effects = plan.effects.model_copy(update={"prompts": 36, "max_nodes": 6} if quick else {})
     develop = plan.evaluate.model_copy(update={"split": "develop", "limit": prompts})
     source = source._replace(pipeline=plan.model_copy(update={"evaluate": develop, "effects": effects}))
     stages = Stages(source, folder, RunState(folder, progress), progress, "cpu")
