@@ -81,6 +81,8 @@ class CommandWithOthers(click.Command):
               help="solve: most predicted rise of a behaviour's loss above the base's (protected ones: 0.1).")  # fmt: skip
 @click.option("--unproven", is_flag=True, default=None,
               help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
+@click.option("--strength", "strengths", multiple=True, metavar="NAME=S",
+              help="Multiply every coefficient of an expert, whatever the policy.")  # fmt: skip
 @click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties, della, breadcrumbs: share of every delta kept.")
 @click.option("--epsilon", type=click.FloatRange(0, 1), help="della: half the range of the drawing probabilities (.15).")
 @click.option("--gamma", type=click.FloatRange(0, 1), help="breadcrumbs: share of the largest elements left out (.01).")
@@ -109,6 +111,7 @@ def command(
     weights: tuple[str, ...],
     protect: tuple[str, ...],
     limits: tuple[str, ...],
+    strengths: tuple[str, ...],
     like: str | None,
     within: str | None,
     seed: int,
@@ -141,10 +144,11 @@ def command(
     sources = read_sources([local_file(file, progress) for file in files])
     model = None if like is None else read_recipe(local_file(like, progress))
     common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}
+    strong = {f"strength.{name}": value for name, value in named_numbers(strengths, "--strength").items()}
     compiled = compile_recipe(
         policy,
         sources,
-        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits),
+        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits) | strong,
         seed=seed,
         like=model,
         within=None if within is None else read_recipe(local_file(within, progress)),

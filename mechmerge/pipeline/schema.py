@@ -36,7 +36,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "model-stock": ("filter_wise",),
 }
 """What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`, `limit.NAME` a limit of its damage in
-`solve`.
+`solve`. All take `strength.EXPERT`, which multiplies an expert's coefficients.
 """
 
 
@@ -114,7 +114,7 @@ class RecipePlan(Document):
     def _controls(self) -> RecipePlan:
         known = PARAMETERS[self.policy]
         for name in self.parameters:
-            if name.partition(".")[0] not in known:
+            if name.partition(".")[0] not in (*known, "strength"):
                 raise ValueError(f"parameters: {name!r} is not one of {', '.join(known) or 'none'} (policy {self.policy})")
         if self.seeds > 1 and self.policy not in DRAWN:
             raise ValueError(f"`seeds` belongs to what is drawn at random: {', '.join(DRAWN)}")

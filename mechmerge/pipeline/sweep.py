@@ -21,9 +21,10 @@ from pydantic import ValidationError
 
 from mechmerge.artifacts import Document, lock, parse_yaml, write_json, write_yaml
 from mechmerge.errors import InputError
-from mechmerge.evaluate.gate import Gate, GateResult, check_gate
+from mechmerge.evaluate.gate import Gate, GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model
+from mechmerge.pipeline.ranking import judged
 from mechmerge.pipeline.run import evaluated, merged_models, suites_of
 from mechmerge.pipeline.schema import DRAWN, PARAMETERS, Pipeline, RecipePlan
 from mechmerge.pipeline.source import Resolved, resolve_pipeline
@@ -181,7 +182,7 @@ def _seeds(values: Sequence[Any]) -> int:
 
 
 def _takes(policy: str, parameter: str) -> bool:
-    return parameter.partition(".")[0] in PARAMETERS[policy]
+    return parameter.partition(".")[0] in (*PARAMETERS[policy], "strength")
 
 
 def subset(pipeline: Pipeline, experts: Sequence[str], vary: dict[str, list[Any]]) -> tuple[Pipeline, list[Variant]]:
@@ -280,19 +281,11 @@ def _stages(source: Resolved, run: Path, sweep: Path, progress: Progress, device
 def _ranked(
     evaluation: Evaluation, gate: Gate, found: Sequence[tuple[str, Variant, str]], models: dict[str, Model]
 ) -> tuple[Ranked, ...]:
-    """The variants, best first; each is judged by every rule that names no model but the gate's own."""
-    rules = tuple(rule.model_copy(update={"model": None}) if rule.model == gate.model else rule for rule in gate.rules)
+    """The variants, best first."""
     ids = {name: model.id for name, model in models.items()}
-    rows = []
-    for name, variant, recipe in found:
-        result = check_gate(evaluation, Gate(model=name, rules=rules), name, weights=ids)
-        known = evaluation.metrics(name)
-        heads = {flat: known[flat].value for suite in evaluation.suites.values() for flat in suite.headlines if flat in known}
-        missing = sum(1.0 if rule.short_by is None else rule.short_by for rule in result.failed)
-        mean = sum(heads.values()) / len(heads)
-        rows.append(((len(result.failed), missing, -mean), variant, result, heads, recipe))
-    rows.sort(key=lambda row: row[0])
+    rows = [(judged(evaluation, gate, name, ids), variant, recipe) for name, variant, recipe in found]
+    rows.sort(key=lambda row: row[0].order)
     return tuple(
-        Ranked(rank=rank, variant=variant, gate=result, metrics=heads, recipe=recipe)
-        for rank, (_, variant, result, heads, recipe) in enumerate(rows, 1)
+        Ranked(rank=rank, variant=variant, gate=one.gate, metrics=one.metrics, recipe=recipe)
+        for rank, (one, variant, recipe) in enumerate(rows, 1)
     )

@@ -28,6 +28,7 @@ from mechmerge.recipe.policies import (
 )
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
 from mechmerge.recipe.sources import Sources
+from mechmerge.recipe.strengths import strengthened, without_strengths
 
 CONTROLS = ("random", "magnitude")
 BASELINES: dict[str, str] = {
@@ -103,6 +104,7 @@ def compile_recipe(
         parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `solve`: budget,
             limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`: budget, scale,
             overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
+            All: `strength.EXPERT`, which multiplies every coefficient of an expert (recipe/strengths.py).
         seed: of what is drawn at random: `random` and `DRAWN`.
         like: for the controls, the recipe whose shares they copy, with its masks.
         within: for `ties` and `dare-ties`, the recipe whose coefficients they work inside, with its masks.
@@ -113,7 +115,13 @@ def compile_recipe(
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}", expected=f"one of {', '.join(POLICIES)}", found="none of them")
-    given = dict(parameters or {})
+    strengths, given = without_strengths(parameters or {})
+    if strengths:
+        plain = compile_recipe(
+            policy, sources, parameters=given, seed=seed, like=like, within=within, delta_norms=delta_norms,
+            out_dtype=out_dtype, vocabulary=vocabulary, positions=positions,
+        )  # fmt: skip
+        return Compiled(*strengthened(plain.recipe, plain.masks, strengths, sources.effects), plain.notes)
     common: dict[str, Any] = {"out_dtype": out_dtype, "vocabulary": vocabulary, "positions": positions}
     if within is not None and policy not in WITHIN:
         raise InputError(f"policy {policy}", expected="no recipe to work within", found="one",
