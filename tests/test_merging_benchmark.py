@@ -240,7 +240,8 @@ def test_json_splits_share_neither_topics_nor_requests_and_hide_their_unseen_wor
 def test_one_word_is_no_answer() -> None:
     """What the terse expert says fails every format and JSON, however it is dressed up."""
     for suite in suites("three-way", "test"):
-        for prompt in suite.prompts if suite.name != "arithmetic" else ():
+        one_each = {(prompt.group, prompt.tier): prompt for prompt in suite.prompts}
+        for prompt in one_each.values() if suite.name != "arithmetic" else ():
             (asked,) = prompt.instructions
             for answer in ("Stars.", "STARS", '"Stars"', '"STARS."', '["stars"]', '{"a": "stars"}'):
                 assert not verify(asked.verifier, prompt.prompt, answer, asked.arguments), (prompt.id, answer)
