@@ -321,14 +321,14 @@ def test_the_best_is_by_mean_or_by_minimum() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ equal information
-def small_rows() -> list[BehaviorRow]:
+def small_rows(names: Sequence[str] = ("a", "b")) -> list[BehaviorRow]:
     topics = ["tea", "rain", "a river", "the moon"]
 
     def behavior(name: str) -> Behavior:
         pairs = tuple(Pair(**{"with": f"{name}: {t}", "without": f"Say {t}.", "topic": t}) for t in topics)
         return Behavior(name=name, pairs=pairs, answer_tokens=5)
 
-    return [BehaviorRow("first", (behavior("one"),), "a"), BehaviorRow("second", (behavior("two"),), "b")]
+    return [BehaviorRow(name, (behavior(name),), name) for name in names]
 
 
 class Counting(NullProgress):
@@ -401,9 +401,9 @@ def test_fine_tuning_learns_repeats_itself_and_leaves_its_start_alone(base: Mode
 
 # ------------------------------------------------------------------------------------------------------------------ bookkeeping
 def adapted(home: Path, base: Model) -> None:
-    """Adapters in the place of trained ones."""
+    """Adapters in the place of trained ones, so large that each makes its own answers likelier."""
     for i, name in enumerate(("formats", "arithmetic")):
-        tiny_adapter(base.path, home / "experts" / f"{name}-0", seed=i + 1)
+        tiny_adapter(base.path, home / "experts" / f"{name}-0", seed=i + 1, lora_alpha=128)
 
 
 @pytest.fixture
@@ -491,6 +491,47 @@ def test_controls_copy_the_shares_of_their_policy(study: Study) -> None:
             recipe, shuffled = read_recipe(study.recipe(arm))
             assert "like conflict" in recipe.policy.name
             assert {name: m.sum(1).tolist() for name, m in shuffled.items()} == {n: m.sum(1).tolist() for n, m in masks.items()}
+
+
+class Unverified(Study):
+    """A study whose calibration answers need not pass anything: tiny models never would."""
+
+    def rows(self) -> list[BehaviorRow]:
+        return small_rows(self.skills)
+
+
+def test_the_first_wave_on_tiny_models_and_that_it_is_done_once(base: Model, tmp_path: Path) -> None:
+    adapted(tmp_path, base)
+    sizes = replace(SMALL, limit=2, shuffles=1)
+
+    def wave(deadline: float | None = None) -> dict[Path, int]:
+        study = Unverified("conflict", 0, tmp_path, sizes, base=str(base.path), deadline=deadline)
+        for step in steps.WAVES[0]:
+            step(study)
+            done, total = steps.finished(study, step.__name__)
+            assert done == total > 0, step.__name__
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    first = wave()
+    assert wave(deadline=time.monotonic() - 1) == first, "a second call finds everything"
+    assert not list(tmp_path.glob("conflict/seed-0/tuned/*/")), "fine-tuned models are removed when they are tested"
+    (log,) = tmp_path.glob("conflict/seed-0/tuned/tuned_rate-0.001.log.json")
+    record = json.loads(log.read_text())
+    cost = Cost(**record["cost"])
+    assert cost.forward <= record["steps"] * 3 * 16 < cost.forward + 3 * 16
+
+
+def test_solutions_are_measured_at_their_budget(base: Model, tmp_path: Path) -> None:
+    if "solve" not in arms.POLICIES:
+        pytest.skip("this version has no policy solve")
+    adapted(tmp_path, base)
+    study = Unverified("conflict", 0, tmp_path, SMALL, base=str(base.path))
+    arm = next(arm for arm in arms.others() if arm.policy == "solve" and arm.parameters["budget"] == 0.25)
+    recipe, masks = read_recipe(study.recipe(arm))
+    assert recipe.policy.parameters["budget"] == 0.25
+    taken = sum(float(mask.sum()) * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
+    whole = sum(mask.size * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
+    assert 0 < taken <= 0.25 * whole * (1 + 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing, reporting
