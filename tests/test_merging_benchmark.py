@@ -304,10 +304,21 @@ def test_every_policy_has_its_controls() -> None:
         shuffles = made[f"shuffles of {policy.name}"]
         assert len(shuffles) >= 5
         assert len({arm.seed for arm in shuffles}) == len(shuffles)
-        assert all(arm.parameters["per_layer"] and arm.like == policy.name for drawn in made.values() for arm in drawn)
+        inside = [arms.every()[arm.within] if arm.within else arm for drawn in made.values() for arm in drawn]
+        assert all(arm.parameters["per_layer"] and arm.like == (policy.within or policy.name) for arm in inside)
         assert f"magnitude of {policy.name}" in made
     budgets = {arm.parameters["budget"] for arm in arms.others() if arm.policy == "top"}
     assert budgets == {0.1, 0.25, 0.5}
+
+
+def test_what_controls_copy_can_be_found() -> None:
+    known = arms.every()
+    for policy in (*arms.telling(), *arms.others()):
+        for drawn_arms in arms.controls(policy).values():
+            for arm in drawn_arms:
+                model = known[arm.within or arm.like or ""]
+                assert (arm.policy == policy.policy) == (arm.within is not None)
+                assert model.name == (policy.name if arm.like else arm.name.removeprefix(f"{policy.policy}.within."))
 
 
 def test_what_this_version_lacks_is_told() -> None:
@@ -478,6 +489,11 @@ def test_baselines_take_their_settings(study: Study) -> None:
     made = {arm.name: arm for arm in arms.sweep(study.skills, 0)}
     uneven, _ = read_recipe(study.recipe(made["task-arithmetic_arithmetic-0.5"]))
     assert {name: expert.default for name, expert in uneven.experts.items()} == {"formats": 1.0, "arithmetic": 0.5}
+    for policy in set(arms.BASELINES) - {"task-arithmetic"}:
+        one = next(arm for arm in made.values() if arm.policy == policy)
+        recipe, _ = read_recipe(study.recipe(one))
+        assert recipe.policy.name == policy
+        assert dict(one.parameters).items() <= recipe.policy.parameters.items()
     scaled, _ = read_recipe(study.recipe(made["ties_density-0.2_lambda-1.4"]))
     assert scaled.mergekit is not None
     assert scaled.mergekit.parameters["lambda"] == 1.4

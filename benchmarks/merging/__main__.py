@@ -17,8 +17,8 @@ difference to the best baseline is ≥ −5 points; shuffles of equal shares are
 information. A figure that is not there yet is a goal that is missed.
 
 A call goes on where an earlier one stopped, at the batch; one call at a time works in a folder. It keeps everything but the
-merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while fine-tunings wait for their test). A policy that has
-changed needs a new folder, or its recipes and evaluations removed.
+merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while fine-tunings wait for their test). A policy
+that has changed needs a new folder, or its recipes and evaluations removed.
 
 --plan counts what is done and left. In the first wave a family and seed is about 65 evaluations (80 with all baselines), of
 which 35-50 are the sweep; in the second each policy at each budget is one and its controls six (eleven where norms are
