@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.models.load import load_model
 from mechmerge.models.references import Model, ModelId, resolve
 from mechmerge.progress import NullProgress
+from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.schema import read_recipe
 from tests import measured
 from tests.tiny import tiny_adapter
@@ -295,7 +297,9 @@ def test_arms_have_names_of_their_own(family: str) -> None:
     names = [arm.name for arm in (*made, *controls)]
     assert len(set(names)) == len(names)
     assert {arm.policy for arm in made if arm.kind == "baseline"} == set(arms.BASELINES)
-    assert {arm.policy for arm in made if arm.kind == "policy"} == set(arms.POLICIES) - set(arms.BASELINES) - set(arms.CONTROLS)
+    assert {arm.policy for arm in made if arm.kind == "policy" and not arm.within} == set(arms.POLICIES) - set(
+        arms.BASELINES
+    ) - set(arms.CONTROLS)
 
 
 def test_every_policy_has_its_controls() -> None:
@@ -322,7 +326,9 @@ def test_what_controls_copy_can_be_found() -> None:
 
 
 def test_what_this_version_lacks_is_told() -> None:
-    assert set(arms.missing()) == set(arms.WANTED) - set(arms.POLICIES)
+    within = arms.WITHIN in inspect.signature(compile_recipe).parameters
+    assert set(arms.missing()) == set(arms.WANTED) - {*arms.POLICIES, *([arms.WITHIN] if within else [])}
+    assert any(arm.within for arm in arms.others()) == within
 
 
 def test_the_best_is_by_mean_or_by_minimum() -> None:

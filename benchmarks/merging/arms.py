@@ -165,7 +165,7 @@ def controls(arm: Arm, shuffles: int = SHUFFLES) -> dict[str, list[Arm]]:
 
 
 def _inside(arm: Arm, control: Arm) -> Arm:
-    return replace(arm, name=f"{arm.policy}.within.{control.name}", kind="control", within=control.name)
+    return replace(arm, name=f"{arm.policy}.within.{control.name}", kind="control", within=control.name, seed=control.seed)
 
 
 def every() -> dict[str, Arm]:
