@@ -163,7 +163,7 @@ class Study:
                 self._begin()
                 self.progress.note(f"training {folder.name}")
                 record = train(training, self.base.path, folder, self.seed, self.sizes.steps, judged=False)
-                write_json(folder.with_suffix(".log.json"), record)
+                write_json(folder.with_name(f"{folder.name}.log.json"), record)
         return folder
 
     @property
@@ -425,7 +425,7 @@ class Study:
                 merge(self.recipe(whole), start, self.paths, self.progress)
                 record = tune(start, self.base.path, self.samples(), folder, steps=steps, rate=rate, seed=self.seed,
                               progress=self.progress)  # fmt: skip
-            write_json(folder.with_suffix(".log.json"), record | {"cost": self.cost()._asdict()})
+            write_json(folder.with_name(f"{folder.name}.log.json"), record | {"cost": self.cost()._asdict()})
         self.evaluate(name, split, lambda: _model(name, folder))
         # Only the one that is chosen is needed again: it is kept until it has been tested.
         if split == "test":
