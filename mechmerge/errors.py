@@ -18,7 +18,6 @@ import errno
 import re
 import unicodedata
 
-
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 LONGEST = 2000
 """Characters of a part of a message: what was found may be a whole file."""

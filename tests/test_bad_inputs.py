@@ -1,8 +1,10 @@
 """What a user meets when something is wrong: one line on stderr, the right exit code, nothing written. The table of it all.
 
-Every line is pinned word for word (`TMP` stands for the folder of the case, `BASE` for that of the base). What needs a Hub is in
-`test_publish_refusals.py` and `test_hub_references.py`; the parameters of single policies are in `test_recipe.py`.
+Every line is pinned word for word (`TMP` stands for the folder of the case, `BASE` for that of the base). What needs a Hub is
+in `test_publish_refusals.py` and `test_hub_references.py`; the parameters of single policies are in `test_recipe.py`.
 """
+
+# ruff: noqa: E501 - lines are pinned as they are
 
 from __future__ import annotations
 
@@ -138,9 +140,7 @@ SHARD = "TMP/expert/model.safetensors"
 damaged(
     "a Git-LFS pointer",
     f"{SHARD}: expected a safetensors file; found a Git-LFS pointer; run `git lfs pull` in that folder",
-    lambda p: p.write(
-        "expert/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    ),
+    lambda p: p.write("expert/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
 )
 damaged("truncated weights", f"{SHARD}: expected # bytes; found # (truncated); download it again",
         lambda p: os.truncate(p.expert / "model.safetensors", (p.expert / "model.safetensors").stat().st_size - 100))  # fmt: skip
@@ -207,7 +207,10 @@ def _index(place: Place) -> list[str]:
     return place.localize()
 
 
-@case("a shard that is not there", "TMP/expert: expected the shard model-00001-of-00002.safetensors; found none; download it again")
+@case(
+    "a shard that is not there",
+    "TMP/expert: expected the shard model-00001-of-00002.safetensors; found none; download it again",
+)
 def _shard(place: Place) -> list[str]:
     (place.expert / "model.safetensors").unlink()
     place.write(f"expert/{INDEX}", {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
@@ -219,7 +222,10 @@ def _gguf(place: Place) -> list[str]:
     return place.localize(place.write("m.gguf", b"GGUF"))
 
 
-@case("nothing there", "model reference '/no/such/model': expected a folder, owner/name[@revision] or demo:NAME; found nothing there")
+@case(
+    "nothing there",
+    "model reference '/no/such/model': expected a folder, owner/name[@revision] or demo:NAME; found nothing there",
+)
 def _nothing(place: Place) -> list[str]:
     return place.localize("/no/such/model")
 
@@ -272,7 +278,11 @@ behaviour("behaviour: an escape sequence in a key", f"TMP/shout.yaml: \\x1b[31mr
 behaviour("behaviour: an anchor that is not valid", "behaviour shout: the anchor at layer 2 is not valid: *: use --invalid-anchor "
           "report to measure all the same", answer_tokens=4,
           verifier={"name": "contains", "arguments": {"text": "xyzzy plugh"}})  # fmt: skip
-behaviour("behaviour: a verifier that is not there", "verifier 'shouting': expected one of change_case:*", verifier={"name": "shouting"})
+behaviour(
+    "behaviour: a verifier that is not there",
+    "verifier 'shouting': expected one of change_case:*",
+    verifier={"name": "shouting"},
+)
 behaviour("behaviour: a template that is no Jinja", "chat_template: expected a Jinja template that takes one user turn; found *",
           chat_template="{% for %}")  # fmt: skip
 
@@ -309,7 +319,11 @@ def suite(name: str, line: str, /, *more: str, **changes: Any) -> None:
 
 suite("suite: an unknown key", "TMP/short.yaml: colour: unknown key: known keys: name, split, answer_tokens, chat_template, readings, "
       "breakdown, prompts, limited", colour=1)  # fmt: skip
-suite("suite: an id twice", "TMP/short.yaml: top level: prompt id 'a' stands twice: known keys: *", prompts=[PROMPTS[0], PROMPTS[0]])
+suite(
+    "suite: an id twice",
+    "TMP/short.yaml: top level: prompt id 'a' stands twice: known keys: *",
+    prompts=[PROMPTS[0], PROMPTS[0]],
+)
 suite("suite: no prompt", "TMP/short.yaml: prompt 1: expected a prompt; found none", prompts=[{"id": "a"}])
 suite("suite: no verifier", "TMP/short.yaml: prompt 1: expected a verifier; found none; give the prompt or the file one",
       prompts=[{"prompt": "Say tea."}])  # fmt: skip

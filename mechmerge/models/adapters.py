@@ -54,7 +54,10 @@ def _check_config(adapter: Path, header: Mapping[str, Mapping[str, Any]]) -> Non
         return  # peft says whether it can merge it
     if config.get("layer_replication"):
         raise CheckpointError(
-            str(path), expected="an adapter of the base's own layers", found="layer_replication", fix="merge it with its own tool"
+            str(path),
+            expected="an adapter of the base's own layers",
+            found="layer_replication",
+            fix="merge it with its own tool",
         )
     patterns = config.get("rank_pattern") or {}
     ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else [patterns])]

@@ -117,9 +117,7 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
     return Model(id=ModelId(name=expert.id.name, revision=expert.id.revision, shards=Checkpoint(folder).digests()), path=folder)
 
 
-def _write_aligned(
-    base: Checkpoint, expert: Checkpoint, rows: dict[int, int], folder: Path, check: Callable[[], None]
-) -> None:
+def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], folder: Path, check: Callable[[], None]) -> None:
     import torch
     from safetensors.torch import save_file
 

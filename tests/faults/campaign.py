@@ -3,8 +3,8 @@
 After the first call, whatever became of it:
 - it ended by the signal that was sent, with 130 after Ctrl-C, with 0, or with one line of an error of ours that is no bug;
 - every file under a final name is, byte for byte, the one that an undisturbed call leaves; there may be fewer.
-After the second: it ends as an undisturbed call does, and leaves the same files with the same bytes in the output folder, in the
-cache and in the folder for temporary files: nothing lacks, and nothing is left over, hidden files included.
+After the second: it ends as an undisturbed call does, and leaves the same files with the same bytes in the output folder, in
+the cache and in the folder for temporary files: nothing lacks, and nothing is left over, hidden files included.
 
 Times (`timings.jsonl`) are outside of every comparison.
 """
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -120,7 +121,9 @@ class Campaign:
             folder.mkdir(parents=True)
 
     # ------------------------------------------------------------------------------------------------------------- calling
-    def call(self, command: Command, kind: Kind = "none", at: int = 0, count: bool = False, runner: Runner | None = None) -> Done:
+    def call(
+        self, command: Command, kind: Kind = "none", at: int = 0, count: bool = False, runner: Runner | None = None
+    ) -> Done:
         """Runs a command, struck by a fault at its `at`-th moment."""
         self.start(command, kind, at, count, runner)
         return (runner or self.runner).wait()
@@ -291,7 +294,7 @@ def moments(count: int, number: int, seed: int) -> list[int]:
     """So many moments of 1 … count, each drawn from its own part of them."""
     draw = random.Random(seed)
     edges = [round(count * i / number) for i in range(number + 1)]
-    return [draw.randint(low + 1, max(high, low + 1)) for low, high in zip(edges, edges[1:], strict=False)]
+    return [draw.randint(low + 1, max(high, low + 1)) for low, high in pairwise(edges)]
 
 
 @contextlib.contextmanager

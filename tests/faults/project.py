@@ -83,8 +83,8 @@ class Project:
                          "--prompts", "4", "--dtype", "float32", "--max-nodes", "6", "--tolerance", "0.5",
                          "--out", out / "effects.safetensors")  # fmt: skip
             case "merge":
-                words = ("merge", recipe, out / "model",
-                         *(word for name in ("base", "a", "b") for word in ("--model", f"{name}={self.model(name)}")))  # fmt: skip
+                named = [word for name in ("base", "a", "b") for word in ("--model", f"{name}={self.model(name)}")]
+                words = ("merge", recipe, out / "model", *named)
             case "evaluate":
                 words = ("evaluate", f"base={base}", f"a={a}", f"b={b}", "--suite", self.root / "short.yaml",
                          "--dtype", "float32", "--batch", "2", "--out", out / "evaluation.json")  # fmt: skip

@@ -74,7 +74,7 @@ class Faults:
 
 
 def strike() -> None:
-    """Carries out `sys.argv`: a fault as JSON, then the command's arguments; at the end it writes how many moments there were."""
+    """Carries out `sys.argv`: a fault as JSON, then the command's arguments; tells how many moments there were, if asked."""
     told = json.loads(sys.argv[1])
     from mechmerge.cli.main import main
 
