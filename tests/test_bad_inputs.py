@@ -149,7 +149,7 @@ damaged("weights with something behind them", f"{SHARD}: expected # bytes; found
 damaged("no weights at all", f"{SHARD}: expected a safetensors file; found # bytes without a valid header",
         lambda p: p.write("expert/model.safetensors", b"no such thing"))  # fmt: skip
 damaged("a pickle", "TMP/expert: expected model.safetensors; found the pickle pytorch_model.bin; pickles can run code and are "
-        "refused; convert the model to safetensors",
+        "refused; convert the model to safetensors, or use `mechmerge --allow-pickle`",
         lambda p: (p.expert / "model.safetensors").rename(p.expert / "pytorch_model.bin"))  # fmt: skip
 damaged("NaN in a weight", "TMP/expert: model.norm.weight: expected finite weights; found NaN or infinite values",
         lambda p: p.weights(lambda t: t["model.norm.weight"].fill_(float("nan"))))  # fmt: skip

@@ -54,8 +54,13 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.option("--allow-pickle", is_flag=True, help="Read models that are pickles alone: their tensors, never their code.")
+def cli(debug: bool, allow_pickle: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
+    if allow_pickle:
+        from mechmerge.models.pickles import ALLOWED
+
+        ALLOWED.set(True)
 
 
 def main(arguments: list[str] | None = None) -> None:

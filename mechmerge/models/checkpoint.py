@@ -151,7 +151,7 @@ class Checkpoint:
                 str(self.folder),
                 expected=SINGLE,
                 found=f"the pickle {pickles[0]}",
-                fix="pickles can run code and are refused; convert the model to safetensors",
+                fix="pickles can run code and are refused; convert the model to safetensors, or use `mechmerge --allow-pickle`",
             )
         raise CheckpointError(str(self.folder), expected=f"{SINGLE} or {INDEX}", found="neither")
 
