@@ -70,23 +70,26 @@ def merge(
         return
     base, experts = open_models(recipe, models or {})
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
-        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
-        if expert is not None:
-            recipe = write_recipe(partial / RECIPE_NAME, recipe, masks)
-        else:
-            shutil.copyfile(recipe_file, partial / RECIPE_NAME)
-            if recipe.masks is not None:
-                shutil.copyfile(recipe_file.with_name(recipe.masks.file), partial / recipe.masks.file)
-        paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-        text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
-        execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
-        _write_config(base, recipe.out_dtype, partial)
-        copy_side_files(base.folder, partial)
-        formula = None if found is None else lambda name: merged_tensor(name, base, experts, found)
-        verify(partial, base, recipe.out_dtype, formula, progress)
-        for watch in watches:
-            watch.check()
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"):
+        if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
+            return
+        with atomic_folder(out) as partial:
+            watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+            if expert is not None:
+                recipe = write_recipe(partial / RECIPE_NAME, recipe, masks)
+            else:
+                shutil.copyfile(recipe_file, partial / RECIPE_NAME)
+                if recipe.masks is not None:
+                    shutil.copyfile(recipe_file.with_name(recipe.masks.file), partial / recipe.masks.file)
+            paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
+            text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
+            execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+            _write_config(base, recipe.out_dtype, partial)
+            copy_side_files(base.folder, partial)
+            formula = None if found is None else lambda name: merged_tensor(name, base, experts, found)
+            verify(partial, base, recipe.out_dtype, formula, progress)
+            for watch in watches:
+                watch.check()
 
 
 def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:
