@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, ClassVar, TextIO, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,10 +27,20 @@ from mechmerge.errors import InputError, SchemaError
 METADATA_KEY = "mechmerge"
 
 
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the parsed content of one schema version to that of the next; its argument is a copy of its own."""
+
+
 class Document(BaseModel):
-    """Base of every record that is read from or written to a file: frozen, unknown keys refused."""
+    """Base of every record that is read from or written to a file: frozen, unknown keys refused.
+
+    A record whose format changed has a `schema_version` above 1 and, in `MIGRATIONS`, what makes an older file one of the next
+    version: version → function. A version without one is refused. A field that is added with a default changes no version.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {}
 
 
 D = TypeVar("D", bound=Document)
@@ -249,10 +260,41 @@ def parse_json(text: str, where: str) -> Any:
         raise SchemaError(where, expected="valid JSON", found=str(error)) from None
 
 
+def _migrated(kind: type[Document], value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The content in the version of today, where it is of an older one.
+
+    Raises:
+        SchemaError: a newer version, or an older one that cannot be read any more.
+    """
+    field, found = kind.model_fields.get("schema_version"), value.get("schema_version")
+    if field is None or isinstance(found, bool) or not isinstance(found, int) or found == field.default:
+        return value
+    if found > field.default:
+        raise SchemaError(
+            f"{where}: schema_version", expected=f"at most {field.default}", found=f"{found}, of a newer mechmerge",
+            fix="upgrade mechmerge",
+        )  # fmt: skip
+    current = copy.deepcopy(dict(value))
+    for version in range(found, field.default):
+        if version not in kind.MIGRATIONS:
+            raise SchemaError(
+                f"{where}: schema_version", expected=str(field.default), found=f"{found}, which is read no more",
+                fix="make the file again",
+            )  # fmt: skip
+        try:
+            current = kind.MIGRATIONS[version](current) | {"schema_version": version + 1}
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise SchemaError(
+                where, expected=f"a {kind.__name__} of schema version {version}", found=f"{type(error).__name__}: {error}"
+            ) from None
+    return current
+
+
 def parse_document(kind: type[D], value: Any, where: str) -> D:
     """Validates a parsed value as a document of type `kind`."""
     if not isinstance(value, Mapping):
         raise SchemaError(where, expected=f"a mapping ({kind.__name__})", found=type(value).__name__)
+    value = _migrated(kind, value, where)
     try:
         return kind.model_validate(value)
     except ValidationError as error:

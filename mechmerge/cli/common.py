@@ -73,6 +73,11 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="A behaviour (name, file, or the group `formats`) and the expert that answers for it; repeat.",
         ),
         click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Weight of a behaviour (default 1)."),
+        click.option(
+            "--protect", multiple=True, metavar="NAME[=W]",
+            help="An ability of the base's own to leave as it is: chat, general, or a behaviour; a nat of damage to it weighs "
+            "as much as W whole gains of an expert (default 1); repeat.",
+        ),
         click.option("--prompts", type=click.IntRange(4), default=48, show_default=True, help="Calibration prompts each."),
         click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Examples a forward pass."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True),
@@ -183,6 +188,16 @@ def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     wide_console().print(table)
+
+
+def show_all(tables: dict[str, list[dict[str, Any]]], output: str) -> None:
+    """Prints several tables by title on stdout, as one JSON object or one below the other; empty ones are left out."""
+    if output == "json":
+        click.echo(json.dumps(tables, ensure_ascii=False))
+        return
+    for title, rows in tables.items():
+        if rows:
+            show(rows, output, title)
 
 
 def escape(text: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from mechmerge import __version__
+from mechmerge.cli.config import apply, name_variables
 from mechmerge.errors import MechmergeError, machine_error
+from mechmerge.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # command: (module under mechmerge.cli, one line of help); the module holds a click command named `command`
@@ -22,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
     "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
+    "mergekit": ("mergekit", "Run mergekit's own tools with our merge method registered."),
+    "export": ("export", "Write a recipe as a LoRA adapter, or one of its experts as a masked checkpoint."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
     "compare": ("compare", "Compare models of evaluation files, paired on the same prompts."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
@@ -29,8 +32,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish": ("publish", "Publish a merge on the Hugging Face Hub: gated, staged, verified."),
     "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
-    "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
+    "inspect": ("inspect", "Print what a file, a run, a model or a pair of models holds."),
+    "generate": ("generate", "Try a model: answer prompts, alone or beside another model."),
+    "cache": ("cache", "See and clear what lies in the cache of this machine."),
+    "doctor": ("doctor", "Look whether this machine has what is needed."),
+    "completion": ("completion", "Print the script that completes commands in a shell."),
 }
+
+
+PROGRAM, COMPLETE = "mechmerge", "_MECHMERGE_COMPLETE"
+"""Our name, and the variable by which a shell asks for completions."""
 
 
 class LazyGroup(click.Group):
@@ -44,6 +55,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"mechmerge.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
+        name_variables(command, f"MECHMERGE_{cmd_name.upper().replace('-', '_')}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -51,12 +63,15 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.option("--allow-pickle", is_flag=True, help="Read models that are pickles alone: their tensors, never their code.")
-def cli(debug: bool, allow_pickle: bool) -> None:
+@click.option("--debug", is_flag=True, envvar="MECHMERGE_DEBUG", help="Show tracebacks.")
+@click.option("--allow-pickle", is_flag=True, envvar="MECHMERGE_ALLOW_PICKLE",
+              help="Read models that are pickles alone: their tensors, never their code.")  # fmt: skip
+@click.pass_context
+def cli(context: click.Context, debug: bool, allow_pickle: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
+    apply(context, cli, context.invoked_subcommand)
     if allow_pickle:
         from mechmerge.models.pickles import ALLOWED
 
@@ -68,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or bool(os.environ.get("MECHMERGE_DEBUG"))
     try:
-        result: Any = cli.main(args=arguments, standalone_mode=False)
+        result: Any = cli.main(args=arguments, prog_name=PROGRAM, complete_var=COMPLETE, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mechmerge.artifacts import Watch, atomic_folder, digest, lock, sha256_file
 from mechmerge.errors import CheckpointError, MechmergeError, MissingError, PairError, machine_error
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.checkpoint import SIDE_FILES as SIDE_FILES
 from mechmerge.models.checkpoint import Checkpoint, read_header
 
@@ -78,6 +78,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
     watches = [Checkpoint(base).watch(base_digests), Watch(adapter / name for name in own)]
     key = digest({"base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
     folder = cache_folder() / "materialised" / key
+    hold(folder)
     if folder.exists():
         return folder
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
@@ -113,10 +114,10 @@ def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> Non
     with atomic_folder(folder) as partial:
         tensors = {}
         for name in sorted(checkpoint.entries):
-            stored = checkpoint.tensor(name)
-            if name not in state or state[name].shape != stored.shape:
+            stored, loaded = checkpoint.tensor(name), checkpoint.arch.family.loaded_name(name)
+            if loaded not in state or state[loaded].shape != stored.shape:
                 raise PairError(str(adapter), expected=f"{name} of shape {tuple(stored.shape)}", found="none after merging")
-            tensors[checkpoint.stored[name]] = state[name].to(stored.dtype).contiguous()
+            tensors[checkpoint.stored[name]] = state[loaded].to(stored.dtype).contiguous()
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base, partial)

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.artifacts import Watch, sha256_file
+from mechmerge.artifacts import Watch
 from mechmerge.errors import CheckpointError, machine_error
 from mechmerge.models.components import Block, Layout
+from mechmerge.models.digests import file_digest
 from mechmerge.models.families import Architecture, architecture
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _WATCHED: dict[Path, tuple[dict[str, str], Watch]] = {}
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file, checked against the file's size (no tensor is read).
 
+    Returns:
+        By tensor: `dtype`, `shape`, `data_offsets` as stored, `start` (its first byte's place in the file) and `bytes`.
+
     Raises:
         CheckpointError: a Git-LFS pointer, a truncated file, or no safetensors file at all.
     """
@@ -55,6 +59,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         end = 8 + length + max((_whole(entry["data_offsets"][1]) for entry in header.values()), default=0)
         for entry in header.values():
             entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(_whole(n) for n in entry["shape"])
+            entry["start"] = 8 + length + _whole(entry["data_offsets"][0])
+            entry["bytes"] = _whole(entry["data_offsets"][1]) - _whole(entry["data_offsets"][0])
     except OSError as error:
         raise CheckpointError(where, expected="a readable file", found=str(error)) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -232,7 +238,7 @@ class Checkpoint:
         """sha256 of every shard, by file name."""
         names = sorted(set(self.files.values()))
         watch = _watch(self.folder, names)
-        found = {name: sha256_file(self.folder / name) for name in names}
+        found = {name: file_digest(self.folder / name) for name in names}
         _WATCHED[self.folder] = (found, watch)
         return found
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mechmerge.artifacts import atomic_folder, digest, lock
 from mechmerge.errors import CheckpointError, PairError
 from mechmerge.models.adapters import copy_side_files
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.checkpoint import Checkpoint, metadata_of
 from mechmerge.models.references import Model, ModelId, unchanged
 
@@ -109,6 +109,7 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
         raise PairError(str(expert.path), expected="tokenizer.json in both models to align their rows", found="none")
     key = digest({"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides})[:32]
     folder = cache_folder() / "aligned" / key
+    hold(folder)
     if not folder.exists():
         with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
             if not folder.exists():

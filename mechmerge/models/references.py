@@ -18,7 +18,7 @@ from pydantic import Field
 from mechmerge.artifacts import Document, digest, write_json
 from mechmerge.errors import CheckpointError, InputError, MissingError
 from mechmerge.models.adapters import adapter_digests, is_adapter, materialise, side_digest
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold_if_cached
 from mechmerge.models.checkpoint import UNQUANTISED, Checkpoint
 from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
@@ -93,6 +93,7 @@ def resolve(reference: str, *, relative_to: Path | None = None, progress: Progre
         if is_adapter(path):
             raise CheckpointError(str(path), expected="a model", found="an adapter", fix=f"name it as BASE+{reference}")
         path = converted(path)
+    hold_if_cached(path)
     checkpoint = Checkpoint(path)
     checkpoint.check_complete()
     model = Model(id=ModelId(name=name, revision=pinned, shards=checkpoint.digests()), path=path)
@@ -212,6 +213,7 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
     if not candidates:
         candidates += _remembered(model_id)
     for path in candidates:
+        hold_if_cached(path)
         if path.is_dir() and Checkpoint(path).digests() == model_id.shards:
             return path
     there = next((path for path in candidates if path.is_dir()), None)

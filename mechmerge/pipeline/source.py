@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mechmerge.artifacts import Document, read_document
-from mechmerge.behaviors.schema import Behavior, load_group
+from mechmerge.behaviors.schema import Behavior, load_group, load_protected
 from mechmerge.errors import InputError
 from mechmerge.evaluate.suites import BUILTIN, is_task, load_suite
 from mechmerge.models.pair import align, check_pair
@@ -30,6 +30,8 @@ class Resolved(NamedTuple):
     experts: dict[str, Model]
     behaviors: dict[str, tuple[Behavior, ...]]
     """By name of the pipeline; a group has several."""
+    protected: dict[str, Behavior]
+    """The base's own abilities, by name."""
 
 
 def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
@@ -54,7 +56,7 @@ def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
     behaviors = behaviors_of(pipeline, folder)
     _require_templates(pipeline, folder, base, experts, [member for group in behaviors.values() for member in group])
     note_differences(base.path, {name: expert.path for name, expert in experts.items()}, progress)
-    return Resolved(pipeline, folder, base, experts, behaviors)
+    return Resolved(pipeline, folder, base, experts, behaviors, protected_of(pipeline, folder))
 
 
 def _require_templates(
@@ -93,6 +95,7 @@ def load_pipeline(path: Path) -> Pipeline:
     """
     pipeline = read_document(Pipeline, path)
     behaviors_of(pipeline, path.parent)
+    protected_of(pipeline, path.parent)
     for suite in pipeline.evaluate.suites:
         if suite not in BUILTIN and not is_task(suite):  # those may need data from elsewhere
             load_suite(near(suite, path.parent))
@@ -120,6 +123,12 @@ def behaviors_of(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Behavior, 
     """The behaviours of a pipeline by its names, in its chat template."""
     groups = {name: load_group(near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
     return {name: tuple(templated(member, pipeline) for member in members) for name, members in groups.items()}
+
+
+def protected_of(pipeline: Pipeline, folder: Path) -> dict[str, Behavior]:
+    """The base's own abilities of a pipeline by its names, in its chat template."""
+    found = {name: load_protected(near(plan.file or name, folder)) for name, plan in pipeline.protect.items()}
+    return {name: templated(behavior, pipeline) for name, behavior in found.items()}
 
 
 def templated(document: D, pipeline: Pipeline) -> D:

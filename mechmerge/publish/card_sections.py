@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mechmerge import __version__
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.table import markdown_pairs, markdown_table
@@ -19,6 +18,7 @@ from mechmerge.report.loading import Measurements
 from mechmerge.report.recipes import recipe_rows, unit_sizes
 from mechmerge.report.style import caveat
 from mechmerge.report.summary import LIMITS
+from mechmerge.version import __version__
 
 _DEMO = re.compile(r"demo:[A-Za-z0-9][A-Za-z0-9_.-]*")
 NOTES = {

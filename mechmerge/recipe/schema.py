@@ -110,6 +110,8 @@ class Recipe(Document):
     """Dtype of the merged weights; arithmetic is float32, rounded once."""
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
+    parameters: dict[str, int] | None = None
+    """Parameters of one head, KV group and neuron, where what was measured told; None in older recipes."""
     predicted: dict[str, float] | None = None
     """Predicted change of each behaviour against the base, of what `predicted_on` says."""
     predicted_on: ScoreSource = "loss"
