@@ -303,6 +303,7 @@ text("YAML: none", "TMP/shout.yaml: expected valid YAML; found *", "name: [")
 text("YAML: an object of Python", "TMP/shout.yaml: expected valid YAML; found could not determine a constructor for the tag *",
      "name: !!python/object/apply:os.system [ls]\n")  # fmt: skip
 text("YAML: too deep", "TMP/shout.yaml: expected valid YAML; found maximum recursion depth exceeded*", "[" * 20_000)
+text("YAML: too long", "TMP/shout.yaml: expected at most 16000000 characters of YAML; found 16000001", "#" * 16_000_001)
 text("YAML: binary", "TMP/shout.yaml: expected a readable UTF-8 text file; found *", b"\xff\xfe\x00name")
 text("YAML: a list", "TMP/shout.yaml: expected a mapping (Behavior); found list", "[1, 2]")
 
