@@ -101,7 +101,6 @@ class Campaign:
         """Output, cache and temporary files of the commands."""
         self.out, self.cache, self.temporary = (self.work / name for name in ("out", "cache", "tmp"))
         self.project = project or Project.make(root / "project")
-        self.recipe = root / "recipes" / "recipe.yaml"
         self._whole: dict[Command, Whole] = {}
         self._fresh()
         self.environment = os.environ | {
@@ -136,7 +135,7 @@ class Campaign:
         """The same without waiting for its end."""
         roots = [str(self.work), str(self.project.root)]
         fault = {"kind": kind, "at": at, "roots": roots, "count": str(self._count) if count else None}
-        arguments = self.project.arguments(command, self.out, self.recipe)
+        arguments = self.project.arguments(command, self.out)
         (runner or self.runner).start("python", [STRIKE, json.dumps(fault), *arguments])
 
     @property
@@ -146,8 +145,6 @@ class Campaign:
     def whole(self, command: Command) -> Whole:
         """What the command does undisturbed, found out once (the second call, with everything imported, is timed)."""
         if command not in self._whole:
-            if command == "merge" and not self.recipe.exists():
-                self.whole("run")
             counts = {}
             for kind, name in (("unreadable", "read"), ("none", "write")):
                 self._fresh()
@@ -158,8 +155,6 @@ class Campaign:
                     raise RuntimeError(f"{command} undisturbed ended with {done.code}: {done.err[-800:]}")
                 counts[name] = int(self._count.read_text())
             self._whole[command] = Whole(tree(self.work), done.code, seconds, counts)
-            if command == "run" and not self.recipe.exists():
-                shutil.copytree(self.out / "run" / "recipes" / "conflict", self.recipe.parent)
         return self._whole[command]
 
     # --------------------------------------------------------------------------------------------------------------- cases
