@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["it has no chat template; the merge keeps the base's"],
     ),
     "another end": (
-        lambda folder: settings(folder, "tokenizer_config.json", **{"eos_token": "<|endoftext|>"}),
+        lambda folder: settings(folder, "tokenizer_config.json", eos_token="<|endoftext|>"),  # noqa: S106 - no password
         ["its eos_token is '<|endoftext|>'; the merge keeps the base's '<|im_end|>'"],
     ),
     "the same end, told at length": (
