@@ -41,6 +41,7 @@ def test_killed_at_five_moments(command: Command, campaign: Campaign) -> None:
         assert not verdict.problems, f"{verdict.case}: {verdict.problems}"
 
 
+STAGES: tuple[Command, ...] = ("localize", "effects", "merge", "evaluate")
 ENDS: dict[Kind, tuple[int, ...]] = {"interrupt": (130,), "full": (2, 4), "short": (0, 4), "unreadable": (0, 2, 4)}
 """Exit codes of a struck call. A file of few bytes may be all that a command writes, and an unreadable one of no importance."""
 
@@ -48,8 +49,8 @@ ENDS: dict[Kind, tuple[int, ...]] = {"interrupt": (130,), "full": (2, 4), "short
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDS)
 def test_other_faults_of_the_disk_and_ctrl_c(kind: Kind, campaign: Campaign) -> None:
-    """Five of each: one a command."""
-    for seed, command in enumerate(COMMANDS):
+    """Five of each, in the stages of a run."""
+    for seed, command in enumerate((*STAGES, "merge")):
         count = campaign.whole(command).moments["read" if kind == "unreadable" else "write"]
         at = 9000 if kind == "short" else moments(count, 3, seed)[1]
         verdict = campaign.struck(command, kind, at)

@@ -61,7 +61,6 @@ class Whole:
     files: Mapping[str, str]
     """Path → sha256, of everything that it leaves."""
     code: int
-    seconds: float
     moments: Mapping[str, int]
     """How often it touches the disk: `write`, `read`."""
 
@@ -102,6 +101,7 @@ class Campaign:
         self.out, self.cache, self.temporary = (self.work / name for name in ("out", "cache", "tmp"))
         self.project = project or Project.make(root / "project")
         self._whole: dict[Command, Whole] = {}
+        self._seconds: dict[Command, float] = {}
         self._fresh()
         self.environment = os.environ | {
             "MECHMERGE_CACHE": str(self.cache), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -143,19 +143,23 @@ class Campaign:
         return self.root / "moments"
 
     def whole(self, command: Command) -> Whole:
-        """What the command does undisturbed, found out once (the second call, with everything imported, is timed)."""
+        """What the command does undisturbed, found out once."""
         if command not in self._whole:
-            counts = {}
-            for kind, name in (("unreadable", "read"), ("none", "write")):
-                self._fresh()
-                start = time.monotonic()
-                done = self.call(command, kind, 0, count=True)  # type: ignore[arg-type]
-                seconds = time.monotonic() - start
-                if done.code != 0:
-                    raise RuntimeError(f"{command} undisturbed ended with {done.code}: {done.err[-800:]}")
-                counts[name] = int(self._count.read_text())
-            self._whole[command] = Whole(tree(self.work), done.code, seconds, counts)
+            self._fresh()
+            done = self.call(command, count=True)
+            if done.code != 0:
+                raise RuntimeError(f"{command} undisturbed ended with {done.code}: {done.err[-800:]}")
+            self._whole[command] = Whole(tree(self.work), done.code, json.loads(self._count.read_text()))
         return self._whole[command]
+
+    def seconds(self, command: Command) -> float:
+        """How long it takes undisturbed, measured once."""
+        if command not in self._seconds:
+            self._fresh()
+            start = time.monotonic()
+            self.call(command)
+            self._seconds[command] = time.monotonic() - start
+        return self._seconds[command]
 
     # --------------------------------------------------------------------------------------------------------------- cases
     def struck(self, command: Command, kind: Kind, at: int) -> Verdict:
@@ -166,7 +170,8 @@ class Campaign:
 
     def by_clock(self, command: Command, number: signal.Signals, share: float) -> Verdict:
         """A signal after a share of the time that the command takes undisturbed."""
-        seconds = self.whole(command).seconds * share
+        self.whole(command)
+        seconds = self.seconds(command) * share
         self._fresh()
         self.start(command)
         timer = threading.Timer(seconds, lambda: self.runner.kill(number))
