@@ -58,7 +58,6 @@ COMMANDS_WITHOUT_A_FUNCTION = {
     "cache": "housekeeping of a machine, not a stage",
     "doctor": "a look at a machine, not a stage",
     "completion": "of shells",
-    "mergekit": "mergekit's own tools, not a stage",
 }
 
 

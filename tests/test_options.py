@@ -40,7 +40,6 @@ TABLE: dict[str, dict[str, str]] = {
     "recipe diff": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
     "recipe explain": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
     "merge": {"device": BYTES, "dtype": "the recipe says it (out_dtype)", "seed": "the recipe says it (policy.seed)"},
-    "mergekit": dict.fromkeys(SHARED, "mergekit's tools have options of their own"),
     "export": {"device": BYTES, "dtype": "the base's", "seed": NOTHING_DRAWN},
     "evaluate": {},
     "compare": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": "the files' own, which must be equal", "threads": READS},

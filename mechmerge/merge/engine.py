@@ -69,20 +69,23 @@ def merge(
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
-        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
-        recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
-        if direct and found is not None:
-            write_weights(base, experts, found, recipe.out_dtype, partial, progress)
-        else:
-            _through_mergekit(recipe, base, experts, partial, progress)
-        _write_config(base, recipe.out_dtype, partial)
-        copy_side_files(base.folder, partial)
-        if check:
-            equal, changed = verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
-            progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
-        for watch in watches:
-            watch.check()
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"):
+        if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
+            return
+        with atomic_folder(out) as partial:
+            watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+            recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
+            if direct and found is not None:
+                write_weights(base, experts, found, recipe.out_dtype, partial, progress)
+            else:
+                _through_mergekit(recipe, base, experts, partial, progress)
+            _write_config(base, recipe.out_dtype, partial)
+            copy_side_files(base.folder, partial)
+            if check:
+                equal, changed = verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+                progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
+            for watch in watches:
+                watch.check()
 
 
 def _is_direct(recipe: Recipe, engine: Engine) -> bool:
