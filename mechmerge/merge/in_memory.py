@@ -17,7 +17,7 @@ import torch
 
 from mechmerge.artifacts import digest
 from mechmerge.errors import InputError
-from mechmerge.merge.arithmetic import combine
+from mechmerge.merge.arithmetic import combine, select
 from mechmerge.merge.cuts import cut_of
 from mechmerge.merge.mapped import Mapped
 from mechmerge.models.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def merged_model(
             cut = cut_of(name, shape, owners[name], found, list(experts))
             start = own.matrix(name)
             merged = start.float().to(torch_dtype(recipe.out_dtype), copy=True)
-            if not combine(merged, start, [other.matrix(name) for other in others], cut.values, cut.who, cut.dim):
+            if not combine(merged, [other.matrix(name) for other in others], select(cut.values, cut.who, cut.dim), start):
                 raise InputError(
                     f"recipe: {name}", expected="finite weights", found="NaN or infinite ones",
                     fix="a coefficient may be too large for the dtype",
