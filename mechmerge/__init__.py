@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         RoundSettings,
         SchemaError,
         SolveSettings,
+        TuneSettings,
         card,
         compare,
         effects,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         rounds,
         run,
         sweep,
+        tune,
     )
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "RoundSettings",
     "SchemaError",
     "SolveSettings",
+    "TuneSettings",
     "__version__",
     "card",
     "compare",
@@ -96,6 +99,7 @@ __all__ = [
     "rounds",
     "run",
     "sweep",
+    "tune",
 ]
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mechmerge.models.references import Model
     from mechmerge.pipeline.run import RunResult
     from mechmerge.pipeline.sweep import Sweep
+    from mechmerge.pipeline.tuning import TuneSettings, Tuning
     from mechmerge.publish.plan import Mode
     from mechmerge.publish.staging import Published
     from mechmerge.recipe.schema import OutDtype, Recipe
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SILENT", "CheckpointError", "EffectSettings", "EvaluateSettings", "GateRefused", "InputError", "LocalizeError",
     "LocalizeSettings", "MechmergeError", "MissingError", "Model", "PairError", "Progress", "RoundSettings", "SchemaError",
-    "SolveSettings", "card", "compare", "effects", "evaluate", "export", "gate", "generate", "inspect", "localize", "merge",
-    "publish", "publish_scores", "recipe", "report", "resolve", "rounds", "run", "sweep",
+    "SolveSettings", "TuneSettings", "card", "compare", "effects", "evaluate", "export", "gate", "generate", "inspect", "localize",
+    "merge", "publish", "publish_scores", "recipe", "report", "resolve", "rounds", "run", "sweep", "tune",
 ]  # fmt: skip
 
 _RECORDS = {
@@ -69,6 +70,7 @@ _RECORDS = {
     "Model": "mechmerge.models.references",
     "RoundSettings": "mechmerge.localize.rounds",
     "SolveSettings": "mechmerge.localize.solving",
+    "TuneSettings": "mechmerge.pipeline.tuning",
 }
 """Where the public records are defined; imported when they are used, since some of them load torch."""
 
@@ -578,6 +580,40 @@ def sweep(
     varied = {name: list(values) for name, values in vary.items()}
     found, _ = run_sweep(Path(pipeline), varied, Path(out), split=split, progress=progress, device=device)
     return found
+
+
+def tune(
+    pipeline: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | None = None,
+    opened: Sequence[str] = (),
+    suites: Sequence[str] | None = None,
+    settings: TuneSettings | None = None,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Tuning:
+    """Searches what a recipe of a pipeline leaves open, on prompts of the develop split.
+
+    Args:
+        pipeline: the pipeline file.
+        out: the search's folder; calling it again goes on, and more trials may be allowed then.
+        recipe: the recipe (default: the one that the pipeline publishes).
+        opened: parameters to search although the recipe sets them, as `NAME`, `NAME=LOW:HIGH` or `NAME=A,B`.
+        suites: asked in the place of the pipeline's suites.
+        settings: see `TuneSettings`.
+        device: a torch device.
+        progress: told of every step.
+
+    Raises:
+        InputError: nothing is open, a suite is for testing, or another process works on `out`.
+        MissingError: optuna (the extra `tune`), a model or data is needed and not there.
+    """
+    from mechmerge.pipeline.tune import tune as search
+
+    return search(
+        Path(pipeline), Path(out), settings, recipe=recipe, opened=opened, suites=suites, progress=progress, device=device
+    )
 
 
 def report(run: str | Path) -> Path:

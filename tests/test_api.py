@@ -39,9 +39,10 @@ SIGNATURES = {
     "rounds": "(base, experts, behaviors, out, *, weights=, protect=, solve=, settings=, progress=)",
     "run": "(pipeline, out, *, device=, progress=)",
     "sweep": "(pipeline, vary, out, *, split=, device=, progress=)",
+    "tune": "(pipeline, out, *, recipe=, opened=, suites=, settings=, device=, progress=)",
 }
 """Every public function; `name=` has a default."""
-RECORDS = {"EffectSettings", "EvaluateSettings", "LocalizeSettings", "Model", "RoundSettings", "SolveSettings"}
+RECORDS = {"EffectSettings", "EvaluateSettings", "LocalizeSettings", "Model", "RoundSettings", "SolveSettings", "TuneSettings"}
 ERRORS = {
     "CheckpointError",
     "GateRefused",

@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     "demo": {"dtype": PIPELINE, "seed": PIPELINE},
     "run": {"dtype": PIPELINE, "seed": PIPELINE},
     "sweep": {"dtype": PIPELINE, "seed": PIPELINE},
+    "tune": {"dtype": PIPELINE},
     "localize": {},
     "effects": {},
     "rounds": {},
