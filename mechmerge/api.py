@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SILENT", "CheckpointError", "EffectSettings", "EvaluateSettings", "GateRefused", "InputError", "LocalizeError",
     "LocalizeSettings", "MechmergeError", "MissingError", "Model", "PairError", "Progress", "RoundSettings", "SchemaError",
-    "SolveSettings", "TuneSettings", "card", "compare", "effects", "evaluate", "export", "gate", "generate", "inspect", "localize",
-    "merge", "publish", "publish_scores", "recipe", "report", "resolve", "rounds", "run", "sweep", "tune",
+    "SolveSettings", "TuneSettings", "card", "compare", "effects", "evaluate", "export", "gate", "generate", "inspect",
+    "localize", "merge", "publish", "publish_scores", "recipe", "report", "resolve", "rounds", "run", "sweep", "tune",
 ]  # fmt: skip
 
 _RECORDS = {
