@@ -197,6 +197,14 @@ def test_an_expert_without_a_clear_gain_leaves_its_seed_out() -> None:
     assert board.level("ours", "b") is not None, "rates are shown all the same"
 
 
+def test_one_topic_says_nothing() -> None:
+    held = {cell: [{skill: c._replace(clusters=["t"] * 96) for skill, c in a.items()} for a in models]
+            for cell, models in cells(SHARES).items()}  # fmt: skip
+    board = Board(held, ("a", "b"), resamples=50)
+    assert board.unclear == ((0, "a"), (0, "b"))
+    assert board.retained("ours", "mean") is None
+
+
 def test_a_role_of_several_models_is_their_mean() -> None:
     held = cells(SHARES)
     held["shuffles", 0] = [held["ours", 0][0], held["theirs", 0][0]]

@@ -27,8 +27,8 @@ matched). An evaluation was 21-43 s in the demo's runs on two free cores, longer
 first wave of `conflict` is about 1.7 hours for seed 0, and 2 for each other seed, whose experts are trained first (7 minutes
 each); all three families and seeds are about 17 hours, and the second wave 7, or some 20 with every policy that the issue asks
 for. These sums are estimates: fine-tuning (10 minutes a step size) and solutions were never timed at full size.
-`--quick` has a dozen prompts, one round and two settings; its figures mean nothing, and with some twenty evaluations, effects
-and rounds it takes several minutes on two free cores, not one.
+`--quick` has two dozen prompts a suite, one round and two settings; its figures mean nothing, and with some twenty
+evaluations, effects and rounds it takes several minutes on two free cores, not one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SEEDS = (0, 1, 2)
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="One family and seed, a dozen prompts; the figures mean nothing.")
+@click.option("--quick", is_flag=True, help="One family and seed, two dozen prompts a suite; the figures mean nothing.")
 @click.option("--save", is_flag=True, help="Keep the figures, and the report beside them, under benchmarks/results/.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where everything is kept; a call that was stopped goes on.")
 @click.option("--family", "families", multiple=True, type=click.Choice(tuple(FAMILIES)), help="Can be given again.")

@@ -9,7 +9,8 @@ differences are paired (cluster bootstrap: Davison and Hinkley 1997, §3.8; leve
 a role is played by several models (shuffles of a recipe), these are drawn as well. Seeds are few, and resampling three of
 them cannot leave their range; so their error is a t interval of its own, and the two are joined by adding the squares of their
 arms (Zou and Donner, Statistics in Medicine 27, 1693-1702, 2008). One seed says nothing of others: its interval is the
-topics' alone.
+topics' alone; and one topic says nothing at all. Where every topic says the same (all fail), resamples do not vary and the
+interval has no width: the evaluation files hold the exact one.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Draws:
         """The average over seeds with its 95 % interval."""
         own = self.values[0]
         value = float(own.mean())
+        if self.clusters < 2:
+            return Figure(Interval(value, -np.inf, np.inf), len(own), tuple(float(v) for v in own))
         averages = self.values[1:].mean(1)
         low, high = (float(end) for end in np.quantile(averages, levels(self.clusters)))
         low, high = min(low, value), max(high, value)

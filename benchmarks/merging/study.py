@@ -78,7 +78,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(prompts=36, max_rounds=1, max_nodes=6, limit=12, shuffles=1, rates=(1e-5,), few=True)
+QUICK = Sizes(prompts=36, max_rounds=1, max_nodes=6, limit=24, shuffles=1, rates=(1e-5,), few=True)
 
 
 class Study:
