@@ -110,6 +110,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+        _sync_folder(partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
     finally:

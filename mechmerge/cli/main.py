@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Run the whole demo on SmolLM2-135M."),
     "run": ("run", "Run a pipeline file: every stage, resumable."),
     "sweep": ("sweep", "Merge, evaluate and rank combinations of experts, policies and parameters."),
+    "tune": ("tune", "Search what a recipe leaves open, on development prompts."),
     "localize": ("localize", "Find which components of an expert carry a behaviour."),
     "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
