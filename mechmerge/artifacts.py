@@ -141,6 +141,26 @@ def lock(path: Path, what: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def make_once(folder: Path, what: str, make: Callable[[], None]) -> None:
+    """Has a folder made that is not there yet, by one process at a time.
+
+    Where it is there only the lock is taken away that a process left which was killed just after it had made it.
+
+    Raises:
+        InputError: another process is making it; what `make` raises.
+    """
+    path = folder.with_suffix(".lock")
+    if folder.exists() and not path.exists():
+        return
+    try:
+        with lock(path, what):
+            if not folder.exists():
+                make()
+    except (InputError, OSError):
+        if not folder.exists():
+            raise
+
+
 def _locked(path: Path, what: str) -> TextIO:
     """The lock file, opened and locked."""
     while True:

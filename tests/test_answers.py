@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mechmerge.artifacts import digest
 from mechmerge.behaviors.generation import batches
 from mechmerge.errors import InputError, MissingError
 from mechmerge.evaluate.answers import Speaker
@@ -87,6 +88,22 @@ def test_told_of_every_batch_in_the_order_of_the_plan(zebra, tmp_path):
     assert first.calls == again.calls
     assert made == kept
     assert made.key == Speaker("other", zebra, tmp_path, SETTINGS, SILENT).key(SUITE)
+
+
+def test_units_that_a_killed_call_left_beside_its_answers_go(zebra, tmp_path):
+    made = ask(zebra, tmp_path)
+    left = tmp_path / ".answers" / "units" / digest(Speaker("z", zebra, tmp_path, SETTINGS, SILENT)._asked(SUITE).inputs)[:16]
+    left.mkdir(parents=True)
+    (left / "00000.json").write_text("[]")
+    assert ask(zebra, tmp_path) == made
+    assert not left.parent.exists()
+
+
+def test_answers_that_cannot_be_read_are_made_anew(zebra, tmp_path):
+    made = ask(zebra, tmp_path)
+    for damage in ("", "[]", "{", "[1, 2]"):
+        kept_file(tmp_path).write_text(damage)
+        assert ask(zebra, tmp_path) == made
 
 
 def test_killed_while_telling_and_asked_again_gives_the_same_bytes(zebra, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mechmerge.artifacts import Units, Watch, atomic_file, lock
+from mechmerge.artifacts import Units, Watch, atomic_file, lock, make_once
 from mechmerge.errors import InputError, MissingError, machine_error
 from tests.faults.campaign import CHANGES, IMPORTS, Campaign, moments, replaced
 from tests.faults.project import COMMANDS, Command
@@ -130,6 +130,27 @@ def test_a_lock_taken_while_its_file_is_removed_is_taken_anew(tmp_path: Path) ->
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert count.read_text() == "400"
+
+
+def test_what_is_made_once_leaves_no_lock(tmp_path: Path) -> None:
+    folder, made = tmp_path / "entry", []
+
+    def make() -> None:
+        made.append(1)
+        folder.mkdir()
+
+    make_once(folder, "entry", make)
+    make_once(folder, "entry", make)
+    assert made == [1]
+    folder.with_suffix(".lock").write_text("of one that was killed when it had made it")
+    make_once(folder, "entry", make)
+    with lock(folder.with_suffix(".lock"), "entry"):
+        make_once(folder, "entry", make)  # it is there, whoever is about to let go
+        folder.rmdir()
+        with pytest.raises(InputError, match="entry: expected no other process"):
+            make_once(folder, "entry", make)
+    assert made == [1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_watch_notices_every_change_of_a_file(tmp_path: Path) -> None:

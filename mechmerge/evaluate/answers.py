@@ -146,15 +146,16 @@ class Speaker:
         plan = batches([len(ids) for ids in asked.tokens], self.settings.batch)
         path = self.folder / f"{digest(asked.inputs)[:32]}.json"
         kept = _kept(path, len(asked.texts))
+        units = Units(self.folder / "units", asked.inputs, self.check)
         if kept is not None:
             answers = kept
             for rows in plan:
                 _tell(told, rows, [answers[i] for i in rows])
         else:
-            units = Units(self.folder / "units", asked.inputs, self.check)
             answers = self._make(asked, plan, units, told, clock)
             write_json(path, [list(answer) for answer in answers])
-            units.discard()
+        # Also where they were kept: a call that was killed between the two steps has left them.
+        units.discard()
         return SuiteAnswers(digest(asked.inputs), template_digest(asked.template), answers)
 
     def weights(self) -> Any:

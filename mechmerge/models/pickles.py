@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.artifacts import Watch, atomic_folder, digest, lock, parse_json, read_text, sha256_file
+from mechmerge.artifacts import Watch, atomic_folder, digest, make_once, parse_json, read_text, sha256_file
 from mechmerge.errors import CheckpointError, MissingError, machine_error
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.cache import cache_folder
@@ -40,10 +40,7 @@ def converted(folder: Path) -> Path:
     watch = Watch([*files, folder / "config.json"])
     key = digest({file.name: sha256_file(file) for file in (*files, folder / "config.json")})[:32]
     target = cache_folder() / "unpickled" / key
-    if not target.exists():
-        with lock(target.with_suffix(".lock"), f"cache entry {target.name}"):
-            if not target.exists():
-                _convert(folder, files, target, watch)
+    make_once(target, f"cache entry {target.name}", lambda: _convert(folder, files, target, watch))
     return target
 
 

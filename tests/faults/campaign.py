@@ -81,8 +81,8 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def is_final(path: str) -> bool:
-    """Whether a file stands under a final name: no part of it is hidden or marked as partial."""
-    return not any(part.startswith(".") or ".partial" in part for part in Path(path).parts)
+    """Whether a file stands under a final name: no part of it is hidden or marked as partial, and it is no lock."""
+    return not any(part.startswith(".") or ".partial" in part or part.endswith(".lock") for part in Path(path).parts)
 
 
 class Campaign:
