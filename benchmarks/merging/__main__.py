@@ -21,12 +21,11 @@ A call goes on where an earlier one stopped, at the batch; one call at a time wo
 merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while fine-tunings wait for their test). A policy
 that has changed needs a new folder, or its recipes and evaluations removed.
 
---plan counts what is done and left. In the first wave a family and seed is about 65 evaluations (80 with all baselines), of
-which 35-50 are the sweep; in the second each policy at each budget is one and its controls six (eleven where norms are
-matched). An evaluation was 21-43 s in the demo's runs on two free cores, longer where answers are longer. By those times the
-first wave of `conflict` is about 1.7 hours for seed 0, and 2 for each other seed, whose experts are trained first (7 minutes
-each); all three families and seeds are about 17 hours, and the second wave 7, or some 20 with every policy that the issue asks
-for. These sums are estimates: fine-tuning (10 minutes a step size) and solutions were never timed at full size.
+--plan counts what is done and left. All three families and seeds are 2070 evaluations, 36 fine-tunings, 10 trainings: some 84
+evaluations a family and seed in the first wave, of which 52 are the sweep, and 144 in the second, where each policy at each
+budget has eleven controls. An evaluation was 21-43 s in the demo's runs on two free cores and is counted as 45. So the first
+wave is about 2.1 hours a family and seed (6.6 hours for `conflict`, with its trainings; 20 for all) and the second 2.2 (20 for
+all). These are estimates: fine-tuning (10 minutes a step size) and solutions were never timed at full size.
 `--quick` has two dozen prompts a suite, one round and two settings; its figures mean nothing, and with some twenty
 evaluations, effects and rounds it takes several minutes on two free cores, not one.
 """
