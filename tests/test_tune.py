@@ -416,7 +416,7 @@ def test_a_worse_trial_is_given_up(base: Model, tmp_path: Path) -> None:
 
 
 def test_what_the_policy_refuses_is_said(pipeline: Path, tmp_path: Path) -> None:
-    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:1"])
+    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:0.01"])
     refused = [trial for trial in found.trials if trial.state == "refused"]
     assert refused
     assert all("positive" in str(trial.problem) and trial.prompts == 0 for trial in refused)
