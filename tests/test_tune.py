@@ -456,7 +456,7 @@ def test_the_command(tuned: tuple[Path, Tuning], pipeline: Path) -> None:
     assert done.exit_code == 0, done.output
     assert Tuning.model_validate(json.loads(done.stdout)) == found
     table = CliRunner().invoke(cli, options).stdout
-    assert "← best" in table
+    assert f"best: trial {found.best}, quality" in table
     assert "all trials were made" in table
     entry = yaml.safe_load(table[table.index("tuned:") :])
     assert entry["tuned"] == {"policy": "conflict", "parameters": found.chosen.parameters}
