@@ -416,7 +416,7 @@ def test_a_worse_trial_is_given_up(base: Model, tmp_path: Path) -> None:
 
 
 def test_what_the_policy_refuses_is_said(pipeline: Path, tmp_path: Path) -> None:
-    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:1"])
+    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:0.01"])
     refused = [trial for trial in found.trials if trial.state == "refused"]
     assert refused
     assert all("positive" in str(trial.problem) and trial.prompts == 0 for trial in refused)
@@ -456,7 +456,7 @@ def test_the_command(tuned: tuple[Path, Tuning], pipeline: Path) -> None:
     assert done.exit_code == 0, done.output
     assert Tuning.model_validate(json.loads(done.stdout)) == found
     table = CliRunner().invoke(cli, options).stdout
-    assert "← best" in table
+    assert f"best: trial {found.best}, quality" in table
     assert "all trials were made" in table
     entry = yaml.safe_load(table[table.index("tuned:") :])
     assert entry["tuned"] == {"policy": "conflict", "parameters": found.chosen.parameters}

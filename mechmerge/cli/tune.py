@@ -77,7 +77,7 @@ def _show(found: Tuning, out: Path) -> None:
     import yaml
 
     rows = [
-        {"trial": f"{trial.number}{' ← best' if trial.number == found.best else ''}", "from": trial.source}
+        {"trial": trial.number, "from": trial.source}
         | {one.name: trial.parameters[one.name] for one in found.space}
         | {
             "predicted": "" if trial.predicted is None else f"{trial.predicted:.3f}",
@@ -90,6 +90,7 @@ def _show(found: Tuning, out: Path) -> None:
     show(rows, "table", f"{found.asked}; quality: mean of the headlines less what the gate misses")
     ended = {"trials": "all trials were made", "patience": f"{found.settings.patience} trials brought none better",
              "target": f"quality {found.settings.target} was reached"}[found.stopped]  # fmt: skip
+    click.echo(f"best: trial {found.best}, quality {found.chosen.quality:.3f}")
     click.echo(f"ended: {ended}. The best of {len(found.trials)} looks better than it is: judge it on the test split.")
     plan = {"policy": found.policy, "parameters": found.fixed | dict(found.chosen.parameters)}
     told = yaml.safe_dump({"tuned": plan}, default_flow_style=True, sort_keys=False, width=10_000).strip().strip("{}")
