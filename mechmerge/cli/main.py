@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish": ("publish", "Publish a merge on the Hugging Face Hub: gated, staged, verified."),
     "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
+    "serve": ("serve", "Serve pipelines to a team: a job queue with an HTTP API."),
     "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
 }
 
