@@ -76,11 +76,14 @@ def list_artifacts(id: Id, identity: Reader, service: The) -> Artifacts:
 @router.get(
     "/{id}/artifacts/{path:path}",
     response_class=FileResponse,
-    responses={
-        200: {"description": "The file.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
-        206: {"description": "A range of it.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
-    }
-    | answers(400, 401, 404, 416),
+    responses=answers(
+        400,
+        401,
+        404,
+        416,
+        s200={"description": "The file.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
+        s206={"description": "A range of it.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
+    ),
 )
 def get_artifact(
     id: Id,
