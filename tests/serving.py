@@ -58,11 +58,11 @@ LIGHT: dict[str, Any] = {
 def light_files() -> dict[str, str]:
     """The files that a light pipeline names."""
     pairs = [{"with": f"Shout about {t}.", "without": f"Write about {t}.", "topic": t} for t in TOPICS]
-    verifier = {"name": "contains", "arguments": {"text": "e"}}
-    prompts = [{"prompt": f"Say {t}.", "verifier": verifier, "topic": t} for t in TOPICS[:4]]
+    suite = {"name": "short", "answer_tokens": 4, "verifier": {"name": "contains", "arguments": {"text": "e"}}}
+    prompts = [{"prompt": f"Say {t}.", "topic": t} for t in TOPICS[:4]]
     return {
         "loud.yaml": yaml.safe_dump({"name": "loud", "pairs": pairs, "answer_tokens": 4}),
-        "short.yaml": yaml.safe_dump({"name": "short", "answer_tokens": 4, "prompts": prompts}),
+        "short.yaml": yaml.safe_dump(suite | {"prompts": prompts}),
     }
 
 
@@ -123,7 +123,8 @@ def served(settings: Settings, *, supervise: bool = False, tokens: bool = True) 
 
 def stored_job(service: Service, state: str = "done", user: str = "the-run", run: Path | None = None, **result: Any) -> Job:
     """A job that was stored and, unless its state is `queued`, taken up and ended, as workers do it."""
-    new = NewJob(job_id(), "run", "stored", user, 5)
+    # Before all that wait: it is claimed at once.
+    new = NewJob(job_id(), "run", "stored", user, 5 if state == "queued" else 9)
     folder = service.folder(new.id)
     (folder / "input").mkdir(parents=True)
     (folder / "run").mkdir() if run is None else shutil.copytree(run, folder / "run")

@@ -82,6 +82,8 @@ ROUTES: list[tuple[str, str, str, dict[str, Any] | None]] = [
 def test_roles(least: str, method: str, path: str, body: dict[str, Any] | None, api: Served, done: Job) -> None:
     roles = ["none", *ROLES]
     for role in roles:
+        if method == "POST" and path.endswith(("cancel", "resume")):  # of one's own jobs
+            done = stored_job(api.service, user=f"the-{role}")
         with api.client(None if role == "none" else role) as client:
             answer = client.request(method, path.format(id=done.id), json=body)
         if roles.index(role) >= roles.index(least):
@@ -100,9 +102,7 @@ def test_the_table_of_roles_has_every_route(api: Served) -> None:
     assert known == told - {("GET", "/openapi.json")} | others
 
 
-@pytest.mark.parametrize(
-    "header", ["Bearer nonsense", "Bearer mmt_x_y", "Basic YTpi", "Bearer ", "mmt", "Bearer mmt_{id}_{id}"]
-)
+@pytest.mark.parametrize("header", ["Bearer nonsense", "Bearer mmt_x_y", "Basic YTpi", "mmt", "Bearer mmt_{id}_{id}"])
 def test_what_is_no_token(header: str, api: Served) -> None:
     id = api.tokens["admin"].split("_")[1]
     answer = httpx.get(f"{api.url}/api/me", headers={"Authorization": header.format(id=id)}, trust_env=False)
@@ -222,7 +222,7 @@ def test_bodies_are_limited(api: Served) -> None:
         assert client.post("/api/jobs", json=many).status_code == 422
         assert client.post("/api/jobs", json={"pipeline": "x" * 100_001}).status_code == 422
         assert client.get("/api/jobs", params={"limit": 201}).status_code == 422
-        assert client.get("/api/jobs", headers={"X-Long": "x" * 100_000}).status_code in (400, 431)
+        assert client.get("/api/jobs", headers={"X-Long": "x" * 40_000}).status_code == 431
         assert client.get("/api/jobs").status_code == 200
 
 
@@ -400,8 +400,6 @@ def test_metrics_are_in_prometheus_format(api: Served) -> None:
 
 
 def test_the_server_imports_no_torch() -> None:
-    code = (
-        "import sys, mechmerge.service.serve, mechmerge.service.client\nprint({'torch', 'transformers'} & sys.modules.keys())"
-    )
+    code = "import sys, mechmerge.service.serve, mechmerge.service.client\nprint({'torch', 'peft'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ)
     assert done.stdout.strip() == "set()"

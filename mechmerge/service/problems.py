@@ -54,6 +54,7 @@ WORDS = {
     416: "No such range.",
     422: "The request, or the pipeline in it, is not valid.",
     429: "The user's quota is used up.",
+    431: "The request's headers are too large.",
     503: "Something that the service needs is missing: the store, disk space, publishing.",
 }
 
@@ -68,7 +69,7 @@ def answers(*statuses: int, **others: dict[str, Any]) -> Answers:
     """
     told: Answers = {int(name[1:]): entry for name, entry in others.items()}
     return told | {
-        status: {"model": Problem, "description": WORDS[status]} for status in sorted({403, 413, 422, 503, *statuses})
+        status: {"model": Problem, "description": WORDS[status]} for status in sorted({403, 413, 422, 431, 503, *statuses})
     }
 
 

@@ -149,8 +149,8 @@ class Store:
     def counts(self) -> Counts:
         """Jobs by state."""
         with reading(self.engine) as session:
-            found = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples()
-            return Counts.model_validate(dict(found.all()))
+            found = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+            return Counts.model_validate({row[0]: row[1] for row in found})
 
     def is_reachable(self) -> bool:
         """Whether the database answers."""

@@ -138,7 +138,14 @@ def find_artifact(run: Path, name: str) -> Path:
     """
     missing = ServiceError(404, f"artifact {name[:200]!r}", expected="a file of this run", found="none of this name")
     relative = PurePosixPath(name)
-    if "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts or not is_public(relative):
+    if (
+        "\0" in name
+        or "\\" in name
+        or str(relative) != name
+        or relative.is_absolute()
+        or ".." in relative.parts
+        or not is_public(relative)
+    ):
         raise missing
     path = run / relative
     try:
