@@ -108,4 +108,6 @@ async def _on_http(_request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101
     headers = dict(error.headers) if error.headers else None
-    return answer(ServiceError(error.status_code, "request", found=error.detail, headers=headers))
+    # 400 is a body that cannot be read as JSON: invalid, as others are.
+    status = 422 if error.status_code == 400 else error.status_code
+    return answer(ServiceError(status, "request", found=error.detail, headers=headers))
