@@ -35,7 +35,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, base: Model, expert: Mod
 
 
 def start(data: Path, models: Path, *arguments: str, env: dict[str, str] | None = None) -> ServerProcess:
-    return ServerProcess(data, "--allow-folder", str(models), "--threads", "1", *arguments, env=env)
+    return ServerProcess(data, "--allow-folder", str(models), "--threads", "1", "--nice", "0", *arguments, env=env)
 
 
 def get(client: httpx.Client, path: str) -> Any:
@@ -130,13 +130,13 @@ def test_time_disk_cancel_and_restart(tmp_path: Path, models: Path, base: Model,
             id = client.post("/api/jobs", json=body).json()["id"]
             assert wait_for(client, id, "failed", "done")["error"]["where"] == "time"
         assert server.stop() == 0
-        server.arguments = (*server.arguments[:4], "--disk", "1KB")
+        server.arguments = (*server.arguments[:6], "--disk", "1KB")
         server.start()
         with server.client() as client:
             assert client.post(f"/api/jobs/{id}/resume").status_code == 200
             assert wait_for(client, id, "failed", "done")["error"]["where"] == "disk"
         assert server.stop() == 0
-        server.arguments = server.arguments[:4]
+        server.arguments = server.arguments[:6]
         server.start()
         with server.client() as client:
             client.post(f"/api/jobs/{id}/resume")

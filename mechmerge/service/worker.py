@@ -96,7 +96,7 @@ def main() -> int:
     orders = parse_document(Orders, parse_json(line.decode(), "orders"), "orders")
     die_with(orders.parent)
     _hold_lifeline()
-    _restrain(orders.settings.limits.disk)
+    _restrain(orders.settings)
     log = LogWriter(orders.folder / "log.jsonl", orders.attempt)
     outcome = carry_out(orders, LogProgress(log))
     if outcome.error is not None:
@@ -181,16 +181,16 @@ def _hold_lifeline() -> None:
     threading.Thread(target=watch, daemon=True, name="lifeline").start()
 
 
-def _restrain(disk: int) -> None:
+def _restrain(settings: Settings) -> None:
     """Leaves processor and memory to the server first, writes no core files and no file beyond the disk's limit."""
     os.umask(0o077)
     with contextlib.suppress(OSError):
-        os.nice(10)
+        os.nice(settings.nice)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if disk:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    if settings.limits.disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings.limits.disk, settings.limits.disk))
 
 
 if __name__ == "__main__":
