@@ -27,11 +27,14 @@ HOST = {"Host": "127.0.0.1"}
 
 @pytest.fixture
 def service(database: str, tmp_path: Path) -> Iterator[Service]:  # noqa: F811
-    chosen = Settings(data=tmp_path / "data", database=database, namespaces=("*",), publish_to=("us",), body=100_000)
+    chosen = Settings(data=tmp_path / "data", database=database, namespaces=("*",), publish_to=("us",), body=100_000, slots=0)
     with open_service(chosen) as opened:
         job = stored_job(opened, gate="passed")
         (opened.run(job.id) / "report.html").write_text("<!doctype html>")
+        # It has no slots, and so nothing to do, but it is there.
+        opened.supervisor.start()
         yield opened
+        opened.supervisor.stop()
 
 
 def strategy(operation: Any) -> st.SearchStrategy[Any]:

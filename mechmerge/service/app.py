@@ -46,12 +46,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from mechmerge import __version__
 from mechmerge.errors import MechmergeError
 from mechmerge.service.api import access, artifacts, events, health, jobs
 from mechmerge.service.guard import Guard
 from mechmerge.service.problems import ServiceError, answer
 from mechmerge.service.service import Service
+from mechmerge.version import __version__
 
 ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mechmerge.artifacts import Document, parse_document, parse_json, read_text, write_json
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import MechmergeError, machine_error
 from mechmerge.service.admission import PIPELINE, admit, check_repo, sent_files
 from mechmerge.service.log import LogWriter
 from mechmerge.service.problems import Problem, problem_of
@@ -119,9 +119,9 @@ def carry_out(orders: Orders, progress: LogProgress) -> Outcome:
         traceback.print_exc()
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             return Outcome(state="failed", error=no_memory("none left"))
-        if isinstance(error, OSError):
-            problem = Problem(where="worker", expected="a disk and files that work", found=f"{error.strerror or error}")
-            return Outcome(state="failed", error=problem)
+        trouble = machine_error(error)
+        if trouble is not None:
+            return Outcome(state="failed", error=_without_folders(problem_of(trouble), orders))
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         problem = Problem(where="worker", expected="no bug, and a machine in order", found=text, fix="see the server's files")
         return Outcome(state="failed", error=_without_folders(problem, orders))
