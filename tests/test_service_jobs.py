@@ -255,3 +255,17 @@ def test_jobs_are_told_to_a_command_with_its_token(tmp_path: Path, monkeypatch: 
         assert "server: token" in str(refused.exception)
         monkeypatch.setenv("MECHMERGE_TOKEN", server.tokens["read"])
         assert '"title": "stored"' in CliRunner().invoke(cli, arguments, standalone_mode=False).output
+
+
+def test_a_job_whose_worker_cannot_be_started_is_given_up(tmp_path: Path) -> None:
+    from mechmerge.service.settings import Settings
+    from mechmerge.service.store import NewJob, job_id
+    from tests.serving import served
+
+    with served(Settings(data=tmp_path / "data", attempts=2), supervise=True) as server:
+        job, _ = server.service.store.submit(NewJob(job_id(), "run", "without a folder", "ann", 5), 10)
+        until = time.monotonic() + WAIT
+        while (found := server.service.store.job(job.id)).state not in ("failed", "done"):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert found.error is not None
