@@ -92,9 +92,7 @@ def main(quick: bool, save: bool, kills: int | None, seed: int, database: str | 
         "minutes": (time.monotonic() - start) / 60,
         "jobs lost": len(set(queue.ids) - set(listed)),
         "jobs doubled": len(listed) - len(set(listed) & set(queue.ids)),
-        "jobs not ended once, as done": sum(
-            not good or end not in (["done"], []) for good, end in zip(done, ends, strict=True)
-        ),
+        "jobs not ended once, as done": done.count(False) + sum(end not in (["done"], []) for end in ends),
         "jobs with other bytes": differ,
         "orphans": orphans,
         "exit code of the server": code,
