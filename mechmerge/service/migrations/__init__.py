@@ -1,0 +1,1 @@
+"""Alembic's migrations of the store; `store.migrate` runs them when a server starts."""
