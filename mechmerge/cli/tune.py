@@ -93,5 +93,5 @@ def _show(found: Tuning, out: Path) -> None:
     click.echo(f"best: trial {found.best}, quality {found.chosen.quality:.3f}")
     click.echo(f"ended: {ended}. The best of {len(found.trials)} looks better than it is: judge it on the test split.")
     plan = {"policy": found.policy, "parameters": found.fixed | dict(found.chosen.parameters)}
-    told = yaml.safe_dump({"tuned": plan}, default_flow_style=True, sort_keys=False, width=10_000).strip().strip("{}")
-    click.echo(f"recipe: {out / 'recipe.yaml'}; as an entry of the pipeline's recipes:\n  {told}}}")
+    told = yaml.safe_dump({"tuned": plan}, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
+    click.echo(f"recipe: {out / 'recipe.yaml'}; as an entry of the pipeline's recipes:\n  {told}")
