@@ -21,16 +21,15 @@ The API (`/openapi.json` has all of it; times are seconds since 1970, errors `{w
     GET    /healthz  /readyz                → {status: "ok"}, or 503
     GET    /metrics                         Prometheus                                           read
 
-For pages (server-rendered, in a browser):
+For pages (server-rendered, in a browser; service/pages holds them):
 
 - A router of pages is one more entry of `ROUTERS`; routes depend on `access.Reader`, `Runner`, `Publisher`, `Admin` (who asks,
   an `Identity` with `user`, `role`, `csrf`) and on `access.The` (the `Service`: `store`, `tokens`, `settings`, `run(id)` with
-  the run directory, `folder(id)`). Requests that change something go to the API, from the page's script with `fetch`: with the
-  session's `csrf` as `X-CSRF-Token` (empty on a server without tokens). `EventSource` works with the cookie.
-- A page that needs a session answers with a form that posts the token to `/api/session`.
+  the run directory, `folder(id)`). Requests that change something are plain forms; they hold the session's `csrf`, as requests
+  of scripts to the API do in `X-CSRF-Token` (empty on a server without tokens). `EventSource` works with the cookie.
+- A page that needs a session sends the browser to `/login`, which posts the token.
 - Templates belong in `mechmerge/service/templates`, rendered by Jinja with autoescape on; scripts and styles in
-  `mechmerge/service/static`, mounted at `/static`: the guard's Content-Security-Policy allows no inline script or style and
-  nothing from elsewhere, unless a route sets a header of its own.
+  `mechmerge/service/static`, served at `/static`: no inline script or style, and nothing from elsewhere.
 - Errors under `/api` are JSON; `problem_of` and `status_of` (service/problems.py) give what a page needs to show one.
 
 No module of this package imports torch: models are loaded by workers (`worker.py`), which the supervisor starts.
@@ -50,10 +49,11 @@ from mechmerge import __version__
 from mechmerge.errors import MechmergeError
 from mechmerge.service.api import access, artifacts, events, health, jobs
 from mechmerge.service.guard import Guard
+from mechmerge.service.pages import router as pages
 from mechmerge.service.problems import ServiceError, answer
 from mechmerge.service.service import Service
 
-ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router)
+ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router, pages)
 
 
 def create_app(service: Service, *, supervise: bool = True) -> FastAPI:
