@@ -129,6 +129,8 @@ def _answer(row: dict[str, Any] | None) -> Answer | None:
     notes = [f"{name} {digits(float(number))}" for name, number in row.get("metrics", {}).items()]
     if row.get("tokens") is not None:
         notes.append(f"{row['tokens']} tokens" + ("" if row.get("finished", True) else ", cut off"))
+    if not text.strip():
+        notes.append("nothing but white space" if text else "empty")
     if "target" in row:
         notes.append(f"expected {row['target']}")
     if "error" in row:

@@ -85,7 +85,7 @@ function setUpJob() {
   const line = (type, time, text) => {
     const at = new Date(1000 * time);
     const said = node("time", { datetime: at.toISOString() }, at.toISOString().slice(11, 19));
-    log.append(node("li", { class: type }, node("span", { class: "quiet" }, said), " ", text));
+    log.append(node("li", { class: `is-${type}` }, node("span", { class: "quiet" }, said), " ", text));
     log.parentElement.scrollTop = log.parentElement.scrollHeight;
   };
   heard("note", ({ time, text }) => line("note", time, text));
