@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
     "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
     "serve": ("serve", "Serve pipelines to a team: a job queue with an HTTP API."),
+    "submit": ("submit", "Queue a pipeline file on a server."),
+    "jobs": ("jobs", "List the jobs of a server."),
+    "logs": ("logs", "Print what happened to a job, or follow it."),
+    "cancel": ("cancel", "Cancel a job."),
     "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
 }
 

@@ -8,32 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import device_option, format_option, show
-from mechmerge.errors import MissingError
+from mechmerge.cli.remote import need_service, when
 
 if TYPE_CHECKING:
     from mechmerge.service.settings import Settings
     from mechmerge.service.tokens import Tokens
 
 DATA = "~/.local/share/mechmerge"
-
-
-def need_service() -> None:
-    """Says how to install what the service needs.
-
-    Raises:
-        MissingError: it is not installed.
-    """
-    try:
-        import alembic  # noqa: F401
-        import fastapi  # noqa: F401
-        import httpx  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import sqlalchemy  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingError(
-            f"package {error.name}", expected="the service's packages", found="none", fix="pip install 'mechmerge[service]'"
-        ) from None
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int:
@@ -75,7 +56,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
               help="Times that a worker may die in one stage before its job is given up.")  # fmt: skip
 @device_option
 @click.pass_context
-def command(context: click.Context, hours: float, memory: int, disk: int, **given: Any) -> None:
+def command(context: click.Context, /, hours: float, memory: int, disk: int, **given: Any) -> None:
     """Serve pipelines to a team: a job queue with an HTTP API (/openapi.json), until it is interrupted.
 
     Jobs go on where they were when the server is started again. Everybody on this machine may use a server without tokens;
@@ -127,11 +108,6 @@ def add(settings: Settings, user: str, role: Any, days: float | None) -> None:
 @click.pass_obj
 def list_(settings: Settings, output: str) -> None:
     """List tokens, without their secrets."""
-    import time
-
-    def when(seconds: float | None) -> str | None:
-        return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
-
     rows = [
         {
             "id": one.id,

@@ -37,7 +37,9 @@ def open_engine(url: str) -> Engine:
         event.listen(engine, "connect", _prepare)
         event.listen(engine, "begin", _begin)
         return engine
-    return create_engine(parsed, pool_size=20, max_overflow=20, pool_pre_ping=True)
+    # Else texts of a database without an encoding would come as bytes.
+    arguments = {"client_encoding": "utf8", "connect_timeout": 10}
+    return create_engine(parsed, pool_size=20, max_overflow=20, pool_pre_ping=True, connect_args=arguments)
 
 
 def _parse(url: str) -> URL:

@@ -34,6 +34,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 """Set where the answer does not say otherwise."""
+HEADER_BYTES = 32_000
 
 
 class Guard:
@@ -61,6 +62,7 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
+            _check_size(headers)
             self._check_host(headers)
             if scope["method"] not in SAFE:
                 check_origin(headers)
@@ -121,6 +123,12 @@ class Guard:
             return {"type": "http.request", "body": b"".join(pieces), "more_body": False}
 
         return whole
+
+
+def _check_size(headers: Headers) -> None:
+    size = sum(len(name) + len(value) for name, value in headers.raw)
+    if size > HEADER_BYTES:
+        raise ServiceError(431, "headers", expected=f"at most {HEADER_BYTES} bytes", found=str(size))
 
 
 def check_origin(headers: Headers) -> None:

@@ -54,13 +54,23 @@ WORDS = {
     416: "No such range.",
     422: "The request, or the pipeline in it, is not valid.",
     429: "The user's quota is used up.",
+    431: "The request's headers are too large.",
     503: "Something that the service needs is missing: the store, disk space, publishing.",
 }
 
 
-def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of error answers; those that every route may give are added."""
-    return {status: {"model": Problem, "description": WORDS[status]} for status in sorted({403, 413, 422, 503, *statuses})}
+Answers = dict[int | str, dict[str, Any]]
+"""Entries of an OpenAPI document, by status."""
+
+
+def answers(*statuses: int, **others: dict[str, Any]) -> Answers:
+    """The OpenAPI entries of a route's answers: errors by their status, those that every route may give among them, and
+    others by name (`s206={…}` for the status 206).
+    """
+    told: Answers = {int(name[1:]): entry for name, entry in others.items()}
+    return told | {
+        status: {"model": Problem, "description": WORDS[status]} for status in sorted({403, 413, 422, 431, 503, *statuses})
+    }
 
 
 def problem_of(error: MechmergeError) -> Problem:

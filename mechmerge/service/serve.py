@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -53,7 +55,19 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
                 timeout_graceful_shutdown=GRACE,
             )
             ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            _Server(config, service).run(sockets=[listener])
+            with _signals():
+                _Server(config, service).run(sockets=[listener])
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """uvicorn raises the signals that stopped it once more when it is done: they have been obeyed by then."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
-from sqlalchemy import CursorResult, Engine, Select, func, select, text, update
+from sqlalchemy import CursorResult, Engine, func, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -133,7 +133,7 @@ class Store:
         limit: int = 50,
     ) -> tuple[list[Job], int | None]:
         """Jobs, the newest first, and what to pass as `before` for the next ones (None: there are no more)."""
-        wanted: Select[tuple[JobRow]] = select(JobRow).order_by(JobRow.number.desc()).limit(limit + 1)
+        wanted = select(JobRow).order_by(JobRow.number.desc()).limit(limit + 1)
         if states:
             wanted = wanted.where(JobRow.state.in_(states))
         if user is not None:
@@ -149,8 +149,8 @@ class Store:
     def counts(self) -> Counts:
         """Jobs by state."""
         with reading(self.engine) as session:
-            found = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples()
-            return Counts.model_validate(dict(found.all()))
+            found = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+            return Counts.model_validate({row[0]: row[1] for row in found})
 
     def is_reachable(self) -> bool:
         """Whether the database answers."""

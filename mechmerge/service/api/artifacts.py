@@ -76,11 +76,14 @@ def list_artifacts(id: Id, identity: Reader, service: The) -> Artifacts:
 @router.get(
     "/{id}/artifacts/{path:path}",
     response_class=FileResponse,
-    responses={
-        200: {"description": "The file.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
-        206: {"description": "A range of it.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
-    }
-    | answers(400, 401, 404, 416),
+    responses=answers(
+        400,
+        401,
+        404,
+        416,
+        s200={"description": "The file.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
+        s206={"description": "A range of it.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
+    ),
 )
 def get_artifact(
     id: Id,
@@ -135,7 +138,14 @@ def find_artifact(run: Path, name: str) -> Path:
     """
     missing = ServiceError(404, f"artifact {name[:200]!r}", expected="a file of this run", found="none of this name")
     relative = PurePosixPath(name)
-    if "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts or not is_public(relative):
+    if (
+        "\0" in name
+        or "\\" in name
+        or str(relative) != name
+        or relative.is_absolute()
+        or ".." in relative.parts
+        or not is_public(relative)
+    ):
         raise missing
     path = run / relative
     try:

@@ -58,14 +58,15 @@ def log(id: Id, identity: Reader, service: The, after: Annotated[int, Query(ge=0
 @router.get(
     "/{id}/events",
     response_class=StreamingResponse,
-    responses={
-        200: {
+    responses=answers(
+        401,
+        404,
+        s200={
             "description": "Events, one JSON object each; the last one is `end`, with the job.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
-        204: {"description": "The job has ended and there is nothing after this number."},
-    }
-    | answers(401, 404),
+        s204={"description": "The job has ended and there is nothing after this number."},
+    ),
 )
 async def events(
     id: Id,

@@ -64,7 +64,7 @@ def readyz(service: The) -> Health:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}} | answers(401),
+    responses=answers(401, s200={"content": {"text/plain": {"schema": {"type": "string"}}}}),
 )
 def metrics(identity: Reader, service: The) -> Response:
     """Figures, in Prometheus' text format."""

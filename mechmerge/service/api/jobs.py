@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Annotated, Any, Literal
 
@@ -81,7 +82,7 @@ def view(service: Service, job: Job) -> JobView:
     return JobView(**dict(job), progress=progress)
 
 
-@router.post("", status_code=201, responses={200: {"model": JobView, "description": "Submitted before."}} | answers(401, 429))
+@router.post("", status_code=201, responses=answers(401, 429, s200={"model": JobView, "description": "Submitted before."}))
 def submit(body: Submission, identity: Runner, service: The, response: Response) -> JobView:
     """Queue a pipeline. Sent again with the same `key`, it answers 200 with the job that there is."""
     _check_priority(identity, body.priority)
@@ -115,7 +116,7 @@ def get_job(id: Id, identity: Reader, service: The) -> JobView:
 @router.get(
     "/{id}/pipeline",
     response_class=Response,
-    responses={200: {"content": {"application/yaml": {"schema": {"type": "string"}}}}} | answers(401, 404),
+    responses=answers(401, 404, s200={"content": {"application/yaml": {"schema": {"type": "string"}}}}),
 )
 def get_pipeline(id: Id, identity: Reader, service: The) -> Response:
     """The pipeline, as it was understood."""
@@ -161,7 +162,7 @@ def delete(id: Id, identity: Runner, service: The) -> None:
 @router.post(
     "/{id}/publish",
     status_code=202,
-    responses={200: {"model": JobView, "description": "Asked before."}} | answers(401, 404, 409, 429),
+    responses=answers(401, 404, 409, 429, s200={"model": JobView, "description": "Asked before."}),
 )
 def publish(id: Id, body: Publication, identity: Publisher, service: The, response: Response) -> JobView:
     """Publish the merge of a job that is done, if its gate accepts it: a job of its own, which asks the gate again."""
@@ -221,7 +222,7 @@ def _queue(service: Service, new: NewJob, files: dict[str, str], response: Respo
             text: Any = dict(files)
             write_input(incoming / "input", text.pop(PIPELINE), text)
         write_event(incoming / "log.jsonl", 0, "state", "queued")
-        job, is_new = service.store.submit(new, service.settings.quota_jobs, lambda: incoming.rename(folder) and None)
+        job, is_new = service.store.submit(new, service.settings.quota_jobs, lambda: os.rename(incoming, folder))
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
     if is_new:
