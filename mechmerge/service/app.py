@@ -50,6 +50,7 @@ from mechmerge.errors import MechmergeError
 from mechmerge.service.api import access, artifacts, events, health, jobs
 from mechmerge.service.guard import Guard
 from mechmerge.service.pages import router as pages
+from mechmerge.service.pages.route import problem_page
 from mechmerge.service.problems import ServiceError, answer
 from mechmerge.service.service import Service
 
@@ -104,8 +105,10 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     return answer(ServiceError(422, where, expected=first["msg"], found=found))
 
 
-async def _on_http(_request: Request, error: Exception) -> Response:
+async def _on_http(request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101
     headers = dict(error.headers) if error.headers else None
-    return answer(ServiceError(error.status_code, "request", found=error.detail, headers=headers))
+    told = ServiceError(error.status_code, "request", found=error.detail, headers=headers)
+    by_browser = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api")
+    return problem_page(request, told) if by_browser else answer(told)

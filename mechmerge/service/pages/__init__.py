@@ -13,7 +13,7 @@
     /static/…                  style and script                           assets.py
 
 Everything works without JavaScript: forms post, links lead on, and what is live is as new as the last reload. Numbers come from
-where the command line and the report have them: `recipe`, `evaluate` and `report`; nothing is computed anew here or in a script.
+where the command line and the report have them, `recipe`, `evaluate` and `report`: nothing is computed anew by a script.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The page's one style, one script and one picture, put together from files in the package.
 
-Charts are the report's own: the script holds the parts of its page (mechmerge/report/page) and those of `static/`, in one scope.
-An asset's address holds its digest, so browsers keep it until it is another.
+Charts are the report's own: the script holds the parts of its page (mechmerge/report/page) and those of `static/`, in one
+scope. An asset's address holds its digest, so browsers keep it until it is another.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ page's script asks for while a slider moves.
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from fastapi import Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from mechmerge.errors import InputError, MechmergeError
+from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.compile import CONTROLS, POLICIES, Compiled, compile_recipe, expected_change, shares
 from mechmerge.recipe.policies import Overlap, Weighting
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
@@ -52,8 +54,15 @@ FLAGS = {"conflict": ("agreement",), "random": ("per_layer",), "magnitude": ("pe
 """Settings of each policy: numbers, words, and yes or no."""
 SEEDED = ("random", "dare-ties")
 DEFAULTS: dict[str, Any] = {
-    "budget": 0.3, "overlap": "sum", "weighting": "own-gain", "agreement": True, "per_layer": False, "weight": 1.0, "density": 0.5,
-}  # fmt: skip
+    "budget": 0.3,
+    "overlap": "sum",
+    "weighting": "own-gain",
+    "agreement": True,
+    "per_layer": False,
+    "weight": 1.0,
+    "density": 0.5,
+}
+"""What sliders and choices begin with."""
 
 
 class Asked(NamedTuple):
@@ -125,9 +134,12 @@ Wanted = Annotated[Asked, Depends(asked)]
 
 def _number(name: str, text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise InputError(name, expected="a number", found=repr(text[:100])) from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(name, expected="a number", found=repr(text[:100]))
+    return value
 
 
 def choices(service: Service, id: str, sources: Sources) -> dict[str, str | None]:
@@ -139,6 +151,10 @@ def choices(service: Service, id: str, sources: Sources) -> dict[str, str | None
         found["rounds"] = "needs rounds"
     if sources.experts.keys() - sources.scores.keys():
         found["top"] = "needs scores of every expert"
+    elif any(
+        f"{kind}.parameters" not in file.arrays for files in sources.scores.values() for file in files for kind in UNIT_KINDS
+    ):
+        found["top"] = "needs score files with parameter counts"
     if not masked(service, id):
         found |= dict.fromkeys(CONTROLS, "needs a recipe of components to be like")
     return found
@@ -233,7 +249,7 @@ def builder(request: Request, id: Id, identity: Reader, service: The) -> Respons
 
 
 def _with_policy(request: Request, policy: str) -> Request:
-    return Request(request.scope | {"query_string": urlencode({"policy": policy}).encode()})
+    return Request({**request.scope, "query_string": urlencode({"policy": policy}).encode()})
 
 
 def snippet(wanted: Asked) -> str:

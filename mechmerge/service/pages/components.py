@@ -1,4 +1,4 @@
-"""All that is known of one component: its scores, ranks and roles by behaviour, its effects, and what each recipe takes of it."""
+"""All that is known of one component: its scores, ranks and roles by behaviour, its effects, and what recipes take of it."""
 
 from __future__ import annotations
 
@@ -65,16 +65,14 @@ def component_facts(results: Results, place: Component) -> Facts:
     Raises:
         ServiceError: the model has no such component, or nothing was measured of it (404).
     """
-    tables = []
-    for caption, (header, rows) in (
-        ("Scores by behaviour", _scores(results, place)),
-        ("Effects", _effects(results, place)),
-        ("What recipes take", _taken(results, place)),
-    ):
-        if rows:
-            tables.append(Table(caption, header, rows))
+    effects = results.run.effects
+    unit = "" if effects is None else f", {effects.metadata.unit.partition(':')[0]}"
+    measured = {"Scores by behaviour": _scores(results, place), f"Effects{unit}": _effects(results, place)}
+    tables = [Table(caption, *rows) for caption, rows in measured.items() if rows[1]]
     if not tables:
         raise ServiceError(404, f"component {place}", expected="one that this run measured", found="nothing about it")
+    taken = _taken(results, place)
+    tables += [Table("What recipes take", *taken)] if taken[1] else []
     return Facts(str(place), f"{place}: {'; '.join(_lines(tables))}", tables)
 
 
@@ -84,11 +82,9 @@ def _lines(tables: list[Table]) -> list[str]:
 
 def _scores(results: Results, place: Component) -> Rows:
     measured = [
-        measure
-        for measure in ORDER
-        if any(f"{place.kind}.{measure}" in file.arrays for file in results.run.scores.values())
+        measure for measure in ORDER if any(f"{place.kind}.{measure}" in file.arrays for file in results.run.scores.values())
     ]
-    header = ["behaviour", "expert", "role", "rank", *(MEASURES[measure] for measure in measured)]
+    header = ["behaviour", *(MEASURES[measure] for measure in measured), "rank", "role", "expert"]
     rows: list[tuple[object, ...]] = []
     for label, file in results.run.scores.items():
         score = _score(file, place.kind)
@@ -97,7 +93,7 @@ def _scores(results: Results, place: Component) -> Rows:
         roles = file.roles(place.kind)
         role = "not judged" if roles is None else ROLE_NAMES[str(roles[place.layer, place.unit])]
         cells = [_measure(file, place, measure) for measure in measured]
-        rows.append((label, short_name(file.metadata.expert), role, _rank(file, score, place), *cells))
+        rows.append((label, *cells, _rank(file, score, place), role, short_name(file.metadata.expert)))
     return header, rows
 
 
@@ -153,15 +149,13 @@ def _effects(results: Results, place: Component) -> Rows:
             else:
                 cells.append(signed(sum(float(array[b, e, layer].sum()) for array in found)))
         rows.append((behavior.name, *cells))
-    return [f"on ({meta.unit})", *(f"of {name}" for name in meta.experts)], rows
+    return ["on", *(f"of {name}" for name in meta.experts)], rows
 
 
 def _taken(results: Results, place: Component) -> Rows:
     experts = list(dict.fromkeys(name for kept in results.kept.values() for name in kept.experts))
     rows = [
-        (name, *(_share(kept, expert, place) for expert in experts))
-        for name, kept in results.kept.items()
-        if place.layer >= 0
+        (name, *(_share(kept, expert, place) for expert in experts)) for name, kept in results.kept.items() if place.layer >= 0
     ]
     return ["recipe", *(f"takes of {expert}" for expert in experts)], list(rows)
 

@@ -144,7 +144,7 @@ def _chosen(found: list[Verdict], model: str | None) -> Verdict:
 def publish(request: Request, response: Response, id: Id, identity: Publisher, service: The, form: Form) -> Response:
     """Publishes a merge that the gate accepts: a job of its own, which asks the gate again."""
     given = {name: field(form, name).strip() for name in ("repo", "model", "mode", "branch", "tag", "license", "key")}
-    wanted = {name: value for name, value in given.items() if value}
+    wanted: dict[str, Any] = {name: value for name, value in given.items() if value}
     wanted |= {name: field(form, name) == "yes" for name in ("private", "dry_run")}
     try:
         verdict = _chosen(verdicts(service, id), given["model"] or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import Query, Request, Response
 from fastapi.responses import RedirectResponse
@@ -100,7 +100,7 @@ def tabs(service: Service, job: JobView) -> list[Tab]:
     return [Tab(name, title, there[name]) for name, title in TABS.items()]
 
 
-def heading(service: Service, id: str, name: str) -> dict[str, object]:
+def heading(service: Service, id: str, name: str) -> dict[str, Any]:
     """What every page of a run shows at its top."""
     job = view(service, service.store.job(id))
     return {"job": job, "row": row_of(job), "tabs": tabs(service, job), "tab": name}
@@ -110,7 +110,7 @@ def heading(service: Service, id: str, name: str) -> dict[str, object]:
 def run(request: Request, id: Id, identity: Reader, service: The) -> Response:
     """A run, or a publication."""
     top = heading(service, id, "")
-    job: JobView = top["job"]  # type: ignore[assignment]
+    job: JobView = top["job"]
     log = service.folder(id) / "log.jsonl"
     # The position first: what is written meanwhile is shown by the stream as well, rather than by nobody.
     size = log.stat().st_size if log.is_file() else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Query, Request, Response
@@ -19,7 +20,7 @@ from mechmerge.service.access import Reader, The
 from mechmerge.service.api.jobs import Id
 from mechmerge.service.pages.components import component_facts, place_of
 from mechmerge.service.pages.jobs import heading
-from mechmerge.service.pages.reading import Held, results_of
+from mechmerge.service.pages.reading import KEPT, Held, results_of
 from mechmerge.service.pages.render import render
 from mechmerge.service.pages.route import page_router
 from mechmerge.service.problems import ServiceError
@@ -33,6 +34,18 @@ def markup(*sections: str) -> Markup:
     return Markup("\n".join(filter(None, sections)))  # noqa: S704
 
 
+@functools.lru_cache(maxsize=4 * KEPT)
+def _sections(held: Held, tab: str) -> Markup:
+    """The report's sections of a page."""
+    files, run, kept = held.results.files, held.results.run, held.results.kept
+    made: dict[str, Callable[[], tuple[str, ...]]] = {
+        "maps": lambda: (page_sections.behaviors(run, kept), page_sections.effects(run), page_sections.limits(run)),
+        "recipes": lambda: (page_sections.recipes(run, kept), page_sections.rounds(run)),
+        "evaluation": lambda: (page_sections.evaluation(run, files.publish),),
+    }
+    return markup(*made[tab]())
+
+
 @router.get("/runs/{id}/data.json")
 def data(request: Request, id: Id, identity: Reader, service: The) -> Response:
     """What the charts of a run are drawn from."""
@@ -44,7 +57,7 @@ def data(request: Request, id: Id, identity: Reader, service: The) -> Response:
     return Response(_data(Held(results)), media_type="application/json", headers=headers)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=KEPT)
 def _data(held: Held) -> bytes:
     results = held.results
     return script_json(page_data(results.run, results.files.publish, results.kept)).encode()
@@ -60,9 +73,7 @@ def maps(request: Request, id: Id, identity: Reader, service: The, component: Na
         "maps.html",
         identity,
         **heading(service, id, "maps"),
-        behaviors=markup(page_sections.behaviors(results.run, results.kept)),
-        effects=markup(page_sections.effects(results.run)),
-        limits=markup(page_sections.limits(results.run)),
+        sections=_sections(Held(results), "maps"),
         component=component or "",
         facts=facts,
     )
@@ -72,20 +83,17 @@ def maps(request: Request, id: Id, identity: Reader, service: The, component: Na
 def recipes(request: Request, id: Id, identity: Reader, service: The) -> Response:
     """What each recipe takes of each expert."""
     results = results_of(service, id)
-    run = results.run
     return render(
         request,
         "sections.html",
         identity,
         **heading(service, id, "recipes"),
-        sections=markup(page_sections.recipes(run, results.kept), page_sections.rounds(run)),
+        sections=_sections(Held(results), "recipes"),
     )
 
 
 @router.get("/runs/{id}/evaluation")
-def evaluation(
-    request: Request, id: Id, identity: Reader, service: The, model: Name = None, against: Name = None
-) -> Response:
+def evaluation(request: Request, id: Id, identity: Reader, service: The, model: Name = None, against: Name = None) -> Response:
     """What the models do, and any two of them compared."""
     results = results_of(service, id)
     record = results.run.evaluation
@@ -103,7 +111,7 @@ def evaluation(
         model=model,
         against=against,
         compared=markup(*_compared(Held(results), model, against)),
-        sections=markup(page_sections.evaluation(results.run, results.files.publish)),
+        sections=_sections(Held(results), "evaluation"),
     )
 
 

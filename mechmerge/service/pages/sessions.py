@@ -36,17 +36,13 @@ def login_form(request: Request, service: The, next: str = "/") -> Response:
 
 def _form(request: Request, back: str, *, wrong: bool = False) -> Response:
     secret = secrets.token_urlsafe(24)
-    page = render(
-        request, "login.html", None, status=401 if wrong else 200, csrf=secret, next=safe_next(back), wrong=wrong
-    )
+    page = render(request, "login.html", None, status=401 if wrong else 200, csrf=secret, next=safe_next(back), wrong=wrong)
     page.set_cookie(LOGIN, secret, httponly=True, samesite="strict", path="/login", secure=request.url.scheme == "https")
     return page
 
 
 @router.post("/login")
-def login(
-    request: Request, service: The, form: Form, cookie: Annotated[str | None, Cookie(alias=LOGIN)] = None
-) -> Response:
+def login(request: Request, service: The, form: Form, cookie: Annotated[str | None, Cookie(alias=LOGIN)] = None) -> Response:
     """Opens a session."""
     if cookie is None or not hmac.compare_digest(cookie.encode(), field(form, "csrf").encode()):
         raise ServiceError(403, "csrf", expected="this form's own", found="another", fix="open /login again")

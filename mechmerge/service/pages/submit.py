@@ -120,7 +120,15 @@ def submit(request: Request, response: Response, identity: Runner, service: The,
         if isinstance(error, ServiceError) and error.status == 404:
             raise
         return _form(
-            request, identity, service, text, source, key=key, priority=number, problem=problem_of(error), status=status_of(error)
+            request,
+            identity,
+            service,
+            text,
+            source,
+            key=key,
+            priority=number,
+            problem=problem_of(error),
+            status=status_of(error),
         )
     return RedirectResponse(f"/runs/{job.id}", status_code=303)
 
