@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format format-check lint types layers clean
+.PHONY: help demo test check format format-check lint types layers audit update clean
 
 PYTHON ?= python3
 # Test processes; each computes on one thread.
@@ -24,7 +24,7 @@ $(READY): constraints.txt pyproject.toml
 	@echo "== making .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "== installing torch"
-	@$(PIP) torch==2.13.0 $(BRIEFLY)
+	@$(PIP) torch $(BRIEFLY)
 	@echo "== installing mechmerge and its tools"
 	@$(PIP) -e '.[dev]' $(BRIEFLY)
 	@touch $@
@@ -53,6 +53,12 @@ types: $(READY) ## mypy, strict
 layers: $(READY) ## import-linter: layers point one way
 	@$(BIN)/lint-imports
 
+audit: $(READY) ## Known vulnerabilities, licences and a bill of materials of what we depend on (says what it could not check)
+	@$(BIN)/python .ci/audit.py
+
+update: ## Resolve all dependencies anew and write constraints.txt
+	@PYTHON=$(PYTHON) .ci/update
+
 clean: ## Remove the virtual environment, caches and builds (runs and the model cache stay)
-	@rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .audit dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

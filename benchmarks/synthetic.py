@@ -58,14 +58,11 @@ def tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
         yield f"{prefix}mlp.down_proj.weight", width, shape.neurons
 
 
-def write_pair(shape: Shape, folder: Path) -> tuple[Path, Path]:
-    """Writes a random base and an expert near to it, in bf16, one shard a layer; holds one shard of each in memory."""
-    import torch
-    from safetensors.torch import save_file
+def write_sides(shape: Shape, where: Path) -> None:
+    """Writes config and tokenizer of a shape into a new folder."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.neurons, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv, vocab_size=shape.vocabulary,
@@ -73,15 +70,66 @@ def write_pair(shape: Shape, folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     end = "<end>"
     words = Tokenizer(models.WordLevel({end: 0}, unk_token=end))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end)
+    where.mkdir()
+    config.save_pretrained(where)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end).save_pretrained(where)
+
+
+def write_trio(shape: Shape, folder: Path, shard_bytes: int = 5_000_000_000) -> None:
+    """Writes bf16 folders `base`, `one` and `two` in files of at most `shard_bytes`, as models are published.
+
+    Weights are slices of one random vector, so that gigabytes take seconds; an expert is the base with a little noise.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(1 << 23).normal_(0, 0.02, generator=generator)
+    own = {"base": torch.zeros(1), "one": pool.roll(12345) * 0.1, "two": pool.roll(54321) * 0.1}
+    shards: list[list[tuple[str, int, int]]] = [[]]
+    used = 0
+    for name, rows, columns in sorted(tensors(shape)):
+        size = rows * max(columns, 1) * 2
+        if used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, rows, columns))
+        used += size
+    for where, noise in own.items():
+        write_sides(shape, folder / where)
+        values = (pool + noise).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name, rows, columns in names:
+                start, end = end, end + rows * max(columns, 1) * 2
+                size = [rows, columns] if columns else [rows]
+                header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
+                weight_map[name] = file
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with (folder / where / file).open("wb") as handle:
+                handle.write(len(text).to_bytes(8, "little") + text)
+                for start in range(0, end, len(values)):
+                    handle.write(memoryview(values)[: end - start])
+        if len(shards) > 1:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / where / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_pair(shape: Shape, folder: Path) -> tuple[Path, Path]:
+    """Writes a random base and an expert near to it, in bf16, one shard a layer; holds one shard of each in memory."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
     shards: dict[str, list[tuple[str, int, int]]] = {}
     for name, rows, columns in tensors(shape):
         shards.setdefault(name.split(".")[2] if ".layers." in name else "outside", []).append((name, rows, columns))
     folders = folder / "base", folder / "expert"
     for where in folders:
-        where.mkdir()
-        config.save_pretrained(where)
-        tokenizer.save_pretrained(where)
+        write_sides(shape, where)
         weight_map = {name: f"model-{key}.safetensors" for key, own in shards.items() for name, _, _ in own}
         (where / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for key, own in shards.items():

@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TextIO, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,10 +27,20 @@ from mechmerge.errors import InputError, SchemaError
 METADATA_KEY = "mechmerge"
 
 
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the parsed content of one schema version to that of the next; its argument is a copy of its own."""
+
+
 class Document(BaseModel):
-    """Base of every record that is read from or written to a file: frozen, unknown keys refused."""
+    """Base of every record that is read from or written to a file: frozen, unknown keys refused.
+
+    A record whose format changed has a `schema_version` above 1 and, in `MIGRATIONS`, what makes an older file one of the next
+    version: version → function. A version without one is refused. A field that is added with a default changes no version.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {}
 
 
 D = TypeVar("D", bound=Document)
@@ -109,21 +122,78 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Holds an exclusive lock file, or raises `InputError` naming the process that holds it."""
+    """Holds an exclusive lock file, which is gone afterwards, or raises `InputError` naming who holds it.
+
+    What is locked is the file's inode (flock), so a process that is killed holds nothing; its file is taken over.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
+    with _locked(path, what) as handle:
+        handle.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        handle.write(f"{os.getpid()} on {socket.gethostname()} since {now}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, what: str) -> TextIO:
+    """The lock file, opened and locked."""
+    while True:
+        handle = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking its holder may have ended and removed it: a lock on that inode binds nobody.
+            if _same_file(handle, path):
+                return handle
         except BlockingIOError:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
+            handle.close()
             raise InputError(
                 what, expected="no other process at work on it", found=f"process {holder}", fix="wait for it or stop it"
             ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
+        except BaseException:
+            handle.close()
+            raise
+        handle.close()
+
+
+def _same_file(handle: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------------- files of others
+class Watch:
+    """Files that must stay as they are while something is made of them: by inode, size and time, which costs no reading.
+
+    Args:
+        files: they must exist; they are marked now.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._marks = {path: _mark(path) for path in files}
+
+    def check(self) -> None:
+        """Raises `InputError` where a file is another one now."""
+        for path, mark in self._marks.items():
+            try:
+                changed = _mark(path) != mark
+            except FileNotFoundError:
+                raise InputError(str(path), expected="the file that was there when this began", found="nothing") from None
+            if changed:
+                raise InputError(
+                    str(path), expected="the file as it was when this began", found="a changed one", fix="run the command again"
+                )
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # ----------------------------------------------------------------------------------------------------------------- digests
@@ -190,10 +260,41 @@ def parse_json(text: str, where: str) -> Any:
         raise SchemaError(where, expected="valid JSON", found=str(error)) from None
 
 
+def _migrated(kind: type[Document], value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The content in the version of today, where it is of an older one.
+
+    Raises:
+        SchemaError: a newer version, or an older one that cannot be read any more.
+    """
+    field, found = kind.model_fields.get("schema_version"), value.get("schema_version")
+    if field is None or isinstance(found, bool) or not isinstance(found, int) or found == field.default:
+        return value
+    if found > field.default:
+        raise SchemaError(
+            f"{where}: schema_version", expected=f"at most {field.default}", found=f"{found}, of a newer mechmerge",
+            fix="upgrade mechmerge",
+        )  # fmt: skip
+    current = copy.deepcopy(dict(value))
+    for version in range(found, field.default):
+        if version not in kind.MIGRATIONS:
+            raise SchemaError(
+                f"{where}: schema_version", expected=str(field.default), found=f"{found}, which is read no more",
+                fix="make the file again",
+            )  # fmt: skip
+        try:
+            current = kind.MIGRATIONS[version](current) | {"schema_version": version + 1}
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise SchemaError(
+                where, expected=f"a {kind.__name__} of schema version {version}", found=f"{type(error).__name__}: {error}"
+            ) from None
+    return current
+
+
 def parse_document(kind: type[D], value: Any, where: str) -> D:
     """Validates a parsed value as a document of type `kind`."""
     if not isinstance(value, Mapping):
         raise SchemaError(where, expected=f"a mapping ({kind.__name__})", found=type(value).__name__)
+    value = _migrated(kind, value, where)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -272,28 +373,45 @@ def read_arrays(path: Path, kind: type[D]) -> tuple[dict[str, Any], D]:
 class Units:
     """The finished units of a stage, as files in one folder: what makes a stage resumable.
 
-    The folder is named by the digest of the stage's inputs, so units of other inputs are never picked up.
+    The folder is named by the digest of the stage's inputs, so units of other inputs are never picked up. A unit that cannot be
+    read (a file system that lost it with the power) is computed again.
+
+    Args:
+        folder: the stage's folder of units.
+        inputs: what the stage depends on.
+        check: called before a unit is written; it raises where the inputs are no longer what they were.
     """
 
-    def __init__(self, folder: Path, inputs: Any) -> None:
-        self.folder = folder / digest(inputs)[:16]
+    def __init__(self, folder: Path, inputs: Any, check: Callable[[], None] | None = None) -> None:
+        self.folder, self._check = folder / digest(inputs)[:16], check
 
     def json(self, key: str, compute: Callable[[], Any]) -> Any:
         """The unit's JSON value: read when it is done, else computed and written."""
         path = self.folder / f"{key}.json"
-        if not path.exists():
-            write_json(path, compute())
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads(path.read_text("utf-8"))
+        value = compute()
+        self._unchanged()
+        write_json(path, value)
         return json.loads(path.read_text("utf-8"))
 
     def arrays(self, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The unit's numpy arrays: read when it is done, else computed and written."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file, save_file
 
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            with atomic_file(path) as partial:
-                save_file(dict(compute()), partial)
+        with contextlib.suppress(FileNotFoundError, SafetensorError):
+            return load_file(path)
+        arrays = dict(compute())
+        self._unchanged()
+        with atomic_file(path) as partial:
+            save_file(arrays, partial)
         return load_file(path)
+
+    def _unchanged(self) -> None:
+        if self._check is not None:
+            self._check()
 
     def discard(self) -> None:
         """Removes the units, once the stage's result is written, and their folder when it is empty then."""

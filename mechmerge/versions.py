@@ -6,7 +6,7 @@ import functools
 import platform
 from importlib import metadata
 
-from mechmerge import __version__
+from mechmerge.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 

@@ -20,12 +20,13 @@ REAL_CACHE = os.environ.get("MECHMERGE_CACHE")
 
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, no network, and a cache that no other process sees."""
+    """One thread, no network, no user's configuration, and a cache that no other process sees."""
     import torch
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MECHMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MECHMERGE_CONFIG", os.devnull)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield
 

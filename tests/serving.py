@@ -66,17 +66,17 @@ def light_files() -> dict[str, str]:
     }
 
 
-def light_pipeline(base: str, expert: str, **changes: Any) -> dict[str, Any]:
+def light_pipeline(base: str, expert: str, /, **changes: Any) -> dict[str, Any]:
     """A pipeline of a few seconds; `changes` replace top-level entries."""
     return LIGHT | {"base": base, "experts": {"a": expert}} | changes
 
 
-def submission(base: str, expert: str, **changes: Any) -> dict[str, Any]:
+def submission(base: str, expert: str, /, **changes: Any) -> dict[str, Any]:
     """A light pipeline as the API takes it."""
     return {"pipeline": yaml.safe_dump(light_pipeline(base, expert, **changes), sort_keys=False), "files": light_files()}
 
 
-def write_light(folder: Path, base: Model, expert: Model, **changes: Any) -> Path:
+def write_light(folder: Path, base: Model, expert: Model, /, **changes: Any) -> Path:
     """A light pipeline as files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in light_files().items():

@@ -20,7 +20,8 @@ from mechmerge.localize.anchor_calibration import AnchorCalibration, members_of
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.calibration import BehaviorRow, Calibration, Point
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile, read_effects
-from mechmerge.localize.effects import EffectSettings, gauss_legendre, measure_effects, plan_matrix
+from mechmerge.localize.effects import EffectSettings, measure_effects, plan_matrix
+from mechmerge.localize.integrals import gauss_legendre
 from mechmerge.localize.plan_steps import plan_anchor_effects
 from mechmerge.models.components import LEAF_KINDS, Component
 from mechmerge.models.load import load_model, load_tokenizer

@@ -1,4 +1,4 @@
-"""Merging through mergekit's executor: it equals the plain formula bit for bit, and OUT is complete or absent."""
+"""Merging: both engines equal the plain formula bit for bit, and OUT is complete or absent, and verified."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from mechmerge.artifacts import write_text
 from mechmerge.cli.merge import command
 from mechmerge.errors import CheckpointError, InputError, MechmergeError, MissingError, PairError, SchemaError
-from mechmerge.merge.engine import merge, restrict
-from mechmerge.merge.reference import coefficient_tensor, merged_tensor
+from mechmerge.merge.engine import Engine, merge, restrict
+from mechmerge.merge.executor import execute
+from mechmerge.merge.reference import coefficient_tensor, direct_tensor, merged_tensor
 from mechmerge.merge.verify import verify
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.components import UNIT_KINDS
@@ -30,7 +31,7 @@ from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model, resolve
 from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.compile import compile_recipe
-from mechmerge.recipe.emit import emit_baseline
+from mechmerge.recipe.emit import emit_baseline, emit_masked
 from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert, Rule, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources
 from tests.test_components import MODEL_TYPES
@@ -58,13 +59,18 @@ def random_masks(base: Model, experts: dict[str, Model], seed: int = 0) -> Masks
     return {f"{e}.{k}": generator.choice(values, size=(arch.layers, arch.units(k))) for e in experts for k in UNIT_KINDS}
 
 
-def check_formula(recipe_file: Path, out: Path, base: Model, experts: dict[str, Model], dtype: torch.dtype) -> None:
+def check_formula(
+    recipe_file: Path, out: Path, base: Model, experts: dict[str, Model], dtype: torch.dtype, engine: Engine = "direct"
+) -> None:
     recipe, masks = read_recipe(recipe_file)
     merged, one = Checkpoint(out), base.checkpoint()
     found, opened = coefficients(recipe, masks, one.arch), {name: model.checkpoint() for name, model in experts.items()}
     assert merged.shapes == one.shapes
     for name, tensor in merged.tensors():
-        expected = merged_tensor(name, one, opened, found).to(dtype)
+        direct = engine == "direct"
+        expected = (
+            direct_tensor(name, one, opened, found, dtype) if direct else merged_tensor(name, one, opened, found).to(dtype)
+        )
         assert tensor.dtype == dtype
         assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)), name
 
@@ -77,8 +83,8 @@ def test_the_executor_equals_the_formula_bit_for_bit(
     experts = {"one": expert, "two": second_expert}
     rules = (Rule(component="L1.norms", expert="one", coefficient=0.5), Rule(component="embed", expert="two", coefficient=0.1))
     file = written(tmp_path, base, experts, random_masks(base, experts), 0.9, out_dtype=out_dtype, rules=rules)
-    merge(file, tmp_path / "out")
-    check_formula(file, tmp_path / "out", base, experts, getattr(torch, out_dtype))
+    merge(file, tmp_path / "out", engine="mergekit")
+    check_formula(file, tmp_path / "out", base, experts, getattr(torch, out_dtype), "mergekit")
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -97,14 +103,14 @@ def test_every_family_merges_and_loads(family: str, tmp_path: Path) -> None:
 def test_coefficient_0_everywhere_is_the_base(tmp_path: Path, dtype: Any) -> None:
     base = resolve(str(tiny_model(tmp_path / "base", dtype=dtype, tied=False)))
     experts = {f"e{i}": resolve(str(tiny_expert(base.path, tmp_path / f"e{i}", seed=i))) for i in range(2)}
-    merge(written(tmp_path, base, experts, default=0.0, out_dtype=dtype), tmp_path / "out")
+    merge(written(tmp_path, base, experts, default=0.0, out_dtype=dtype), tmp_path / "out", engine="mergekit")
     merged = Checkpoint(tmp_path / "out")
     for name, tensor in base.checkpoint().tensors():
         assert torch.equal(merged.tensor(name), tensor), name
 
 
 def test_one_expert_at_1_everywhere_is_base_plus_its_delta(base: Model, expert: Model, tmp_path: Path) -> None:
-    merge(written(tmp_path, base, {"e": expert}, out_dtype="float32"), tmp_path / "out")
+    merge(written(tmp_path, base, {"e": expert}, out_dtype="float32"), tmp_path / "out", engine="mergekit")
     merged, one, other = Checkpoint(tmp_path / "out"), base.checkpoint(), expert.checkpoint()
     for name, tensor in merged.tensors():
         assert torch.equal(tensor, one.tensor(name) + (other.tensor(name) - one.tensor(name))), name
@@ -172,30 +178,30 @@ def test_the_folder_is_a_whole_model(base: Model, expert: Model, tmp_path: Path)
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_shards_are_written_with_their_index(
-    base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mechmerge.merge.engine.SHARD_BYTES", 30_000)
+def test_mergekits_shards_are_written_with_their_index(base: Model, expert: Model, tmp_path: Path) -> None:
     file = written(tmp_path, base, {"e": expert}, random_masks(base, {"e": expert}))
-    merge(file, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    check_formula(file, tmp_path / "out", base, {"e": expert}, torch.bfloat16)
-    load_model(tmp_path / "out")
+    out, one, other = tmp_path / "out", base.checkpoint(), expert.checkpoint()
+    out.mkdir()
+    text = emit_masked(read_recipe(file)[0], file, {"base": base.path, "e": expert.path})
+    execute(text, one, [other], out, shard_bytes=30_000)
+    shutil.copyfile(base.path / "config.json", out / "config.json")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    check_formula(file, out, base, {"e": expert}, torch.bfloat16, "mergekit")
+    load_model(out)
 
 
 SCRIPT = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from mechmerge.merge import engine
-engine.SHARD_BYTES = 30_000
-engine.merge(Path(sys.argv[1]), Path(sys.argv[2]))
+from mechmerge.merge.engine import merge
+merge(Path(sys.argv[1]), Path(sys.argv[2]), engine=sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("policy", ["by hand", "dare-ties"])
+@pytest.mark.parametrize(("policy", "engine"), [("by hand", "direct"), ("by hand", "mergekit"), ("dare-ties", "mergekit")])
 def test_the_same_recipe_gives_the_same_bytes(
-    base: Model, expert: Model, second_expert: Model, tmp_path: Path, policy: str
+    base: Model, expert: Model, second_expert: Model, tmp_path: Path, policy: str, engine: str
 ) -> None:
     """In other processes, whose hashes are seeded otherwise: mergekit orders its tasks by sets and maps."""
     experts = {"one": expert, "two": second_expert}
@@ -209,7 +215,7 @@ def test_the_same_recipe_gives_the_same_bytes(
     for seed in ("1", "2"):
         out = tmp_path / f"out{seed}"
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, file, out],
+            [sys.executable, "-c", SCRIPT, file, out, engine],
             env=dict(os.environ) | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -407,16 +413,15 @@ def test_models_that_are_not_there(base: Model, expert: Model, second_expert: Mo
 
 # ------------------------------------------------------------------------------------------------------------ verification
 def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: Path) -> None:
-    file = written(tmp_path, base, {"e": expert}, default=0.5)
+    rules = (Rule(component="L1", expert="e", coefficient=0.0), Rule(component="L2.head.1", expert="e", coefficient=1.0))
+    file = written(tmp_path, base, {"e": expert}, default=0.5, rules=rules)
     merge(file, tmp_path / "good")
     recipe, masks = read_recipe(file)
-    one = base.checkpoint()
+    one, experts = base.checkpoint(), {"e": expert.checkpoint()}
     found = coefficients(recipe, masks, one.arch)
-
-    def formula(name: str) -> torch.Tensor:
-        return merged_tensor(name, one, {"e": expert.checkpoint()}, found)
-
-    verify(tmp_path / "good", one, "bfloat16", formula)
+    layers = "model.layers."
+    equal, changed = verify(tmp_path / "good", one, "bfloat16", experts, found, direct=True)
+    assert (equal, changed) == (9, len(one.entries) - 9)
 
     def damaged(name: str, tensors: Any = None, files: Any = None) -> str:
         folder = tmp_path / name
@@ -428,7 +433,7 @@ def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: P
         if files:
             files(folder)
         with pytest.raises(MechmergeError) as caught:
-            verify(folder, one, "bfloat16", formula)
+            verify(folder, one, "bfloat16", experts, found, direct=True)
         return str(caught.value)
 
     norm = "model.norm.weight"
@@ -438,9 +443,31 @@ def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: P
     assert "finite" in damaged("nan", lambda t: t[norm].fill_(float("nan")))
     assert "formula" in damaged("value", lambda t: t[norm][0].add_(1))
     assert "formula" in damaged("first layer", lambda t: t["model.layers.0.mlp.down_proj.weight"][0, 0].add_(1))
+    assert "the base's values" in damaged("untouched", lambda t: t[f"{layers}1.mlp.up_proj.weight"][3, 4].add_(1))
+    assert "expert e's values" in damaged("copied", lambda t: t[f"{layers}2.self_attn.o_proj.weight"][5, 9].add_(1))
     assert "tokenizer.json" in damaged("tokenizer", files=lambda f: (f / "tokenizer.json").unlink())
     assert "chat_template" in damaged("template", files=lambda f: (f / "chat_template.jinja").write_text("other"))
     assert "generation_config" in damaged("generation", files=lambda f: (f / "generation_config.json").unlink())
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+
+    def other_context(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+
+    assert "context = 512" in damaged("context", files=other_context)
+
+
+def test_a_tokenizer_with_tokens_without_a_row(base: Model, expert: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base.path, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 5000, "content": "<far>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = tmp_path / "expert"
+    shutil.copytree(expert.path, other)
+    shutil.copyfile(folder / "tokenizer.json", other / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected ids below the 320 rows; found 5000"):
+        merge(written(tmp_path, resolve(str(folder)), {"e": resolve(str(other))}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- CLI

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 
 from mechmerge.errors import InputError
 from mechmerge.models.demo import NAME as DEMO
+from mechmerge.pipeline.schema import Pipeline
 from mechmerge.service.admission import admit, admit_reference, check_names, check_repo, sent_files, write_input
 from mechmerge.service.settings import Settings, check_exposure
 from tests.serving import light_files, light_pipeline
@@ -115,6 +118,8 @@ PIPELINES = {
     "an absolute behaviour": ({"behaviors": {"loud": {"expert": "a", "file": "/etc/passwd"}}}, "behaviors.loud"),
     "a behaviour above": ({"behaviors": {"loud": {"expert": "a", "file": "../../instance"}}}, "behaviors.loud"),
     "a behaviour that was not sent": ({"behaviors": {"other": {"expert": "a"}}}, "expected a file sent along"),
+    "an absolute ability": ({"protect": {"talk": {"file": "/etc/passwd"}}}, "protect.talk"),
+    "an ability above": ({"protect": {"../../x.yaml": {}}}, "protect"),
     "an absolute suite": ({"evaluate": EVALUATE | {"suites": ["/etc/passwd"]}}, "evaluate.suites"),
     "a suite above": ({"evaluate": EVALUATE | {"suites": ["../x.yaml"]}}, "evaluate.suites"),
     "absolute data": ({"evaluate": EVALUATE | {"ifeval_data": "/etc/passwd"}}, "evaluate.ifeval_data"),
@@ -123,6 +128,14 @@ PIPELINES = {
     "an expert elsewhere": ({"experts": {"a": "evil/model"}}, "an owner that this server allows"),
     "too long": ({"notes": "x" * 200_000}, "at most 100000 bytes"),
 }
+
+
+def test_every_place_that_names_a_file_is_in_the_table() -> None:
+    """A new place in the schema needs admission, and a row above."""
+    text = json.dumps(Pipeline.model_json_schema())
+    named = {name for name in re.findall(r'"(\w+)(?=": \{)', text) if re.search("file|data|path|folder|director|suite", name)}
+    assert named == {"file", "ifeval_data", "suites"}
+    assert text.count('"file": {') == 2, "of behaviours, and of protected abilities"
 
 
 @pytest.mark.parametrize("name", PIPELINES)

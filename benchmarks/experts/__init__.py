@@ -1,1 +1,1 @@
-"""How the demo's two experts were trained: `python -m benchmarks.experts formats|arithmetic`."""
+"""How experts are trained: `python -m benchmarks.experts formats|arithmetic|plain-arithmetic|json`."""

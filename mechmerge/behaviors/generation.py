@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechmerge.errors import InputError
 from mechmerge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from mechmerge.behaviors.sampling import Sampler
 
 MARGIN = 2.0**-14
 """Two logits are nearly tied when closer than this share of the row's largest absolute logit: one token of SmolLM2-135M in a
@@ -124,12 +127,16 @@ class Decoder:
         share_prefix: bool = False,
         exact: bool = False,
         names: Sequence[str] = (),
+        sampler: Sampler | None = None,
+        first: int = 0,
     ) -> None:
         """Checks all prompts before any answer is made.
 
         Args:
             prompts: token ids of all prompts (see `prompt_tokens`).
             names: what errors call the prompts; by default their numbers, from 1.
+            sampler: draws tokens in the place of the argmax (not with `exact`).
+            first: number of the first prompt among the sampler's.
             max_new_tokens, share_prefix, exact: see `generate`.
 
         Raises:
@@ -144,6 +151,9 @@ class Decoder:
         check_lengths([len(ids) for ids in prompts], max_new_tokens, context, self.names)
         self.shared = self._common() if share_prefix else 0
         """Tokens that all prompts begin with and that are computed once."""
+        self.sampler, self.first = sampler, first
+        self.told: Callable[[int, int], None] = lambda row, token: None
+        """Told of every token of an answer as it is said, with its prompt's index; not of end tokens."""
         self._states: Any = None
 
     def answers(self, rows: Sequence[int]) -> list[Answer]:
@@ -204,6 +214,7 @@ class Decoder:
                 ended[i] = token if token in self.ends else None
                 if ended[i] is None:
                     said[i].append(token)
+                    self.told(rows[i], token)
             stay = [row for row, i in enumerate(place) if ended[i] is None]
             if not stay or step == self.limit - 1:
                 break
@@ -240,6 +251,8 @@ class Decoder:
                     found=f"{value} at token {len(said) + 1} of the answer",
                     fix="the weights may hold NaN, or overflow in float16: try float32",
                 )
+        if self.sampler is not None:
+            return self.sampler.tokens(logits, [self.first + prompt for prompt, _ in texts])
         if self.exact:
             margins = MARGIN * logits.abs().amax(-1)
             first, second = logits.topk(2).values.unbind(-1)

@@ -33,7 +33,7 @@ def instruction_prompts(name: str, split: Split = "calibrate") -> list[Prompt]:
 
     Args:
         name: one of `instructions()`.
-        split: whose topics are taken. Only `calibrate` is used so far: no expert of ours was trained on the others.
+        split: whose topics are taken. The built-in behaviours take `calibrate`: no expert of ours was trained on it.
     """
     spec = instructions()[name]
     wordings, cases, own = spec["wordings"], spec.get("cases", [{}]), spec.get("requests")

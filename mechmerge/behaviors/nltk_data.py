@@ -95,6 +95,13 @@ def _ensured(name: Data, home: Path, what: str) -> None:
         raise MissingError(f"NLTK's {name}", expected="data that NLTK reads", found=str(folder), fix="remove that folder")
 
 
+def present(name: Data) -> bool:
+    """Whether a kind of data is here already: where NLTK looks, or in our cache. Fetches nothing."""
+    import nltk
+
+    return _found(nltk, name) or (cache_folder() / "nltk" / PLACES[name].folder).is_dir()
+
+
 def _found(nltk: Any, name: Data) -> bool:
     probe = PLACES[name].probe
     for resource in (probe, f"{probe.rstrip('/')}.zip"):

@@ -36,7 +36,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mechmerge
 from mechmerge.errors import InputError, MechmergeError, MissingError
 
 UNSAFE = "MECHMERGE_UNSAFE_EXECUTION"
@@ -131,7 +130,7 @@ def run_code(
     job = json.dumps({"code": code, "tests": tests, "entry": entry})
     with tempfile.TemporaryDirectory(prefix="mechmerge-code-", ignore_cleanup_errors=True) as folder:
         options = [str(math.ceil(seconds)), str(memory_mb << 20), folder, "unsafe" if unsafe_allowed() else "safe"]
-        root = str(Path(mechmerge.__file__).parent.parent)
+        root = str(Path(__file__).parent.parent.parent)
         process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _START, *options, root],
             stdin=subprocess.PIPE,

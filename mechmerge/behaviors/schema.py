@@ -12,10 +12,12 @@ Instead of `pairs`, `builtin: capitals` takes the package's own prompts of the c
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, model_validator
 
 from mechmerge.artifacts import Document, digest, parse_document, parse_yaml, read_document
@@ -143,3 +145,34 @@ def load_group(name: str | Path) -> tuple[Behavior, ...]:
     """A behaviour, or the behaviours of a group: `formats` is the six formats, whose mean it stands for."""
     names = list(material()["formats"]) if str(name) == "formats" else [name]
     return tuple(load_behavior(member) for member in names)
+
+
+def protected_names() -> list[str]:
+    """Names of the base's own abilities in the package: `chat` (ordinary requests) and `general` (plain text to go on with)."""
+    return list(_protected())
+
+
+def load_protected(name: str | Path) -> Behavior:
+    """An ability of the base's own by the name of a built-in one, or the prompts of a behaviour (by name, or a YAML file).
+
+    What is measured is the loss of the base's own greedy answers, right or wrong: so it has no verifier, and needs no contrast.
+
+    Raises:
+        InputError: neither a built-in name nor a file.
+        SchemaError: the file breaks the schema.
+    """
+    if str(name) in _protected():
+        spec = _protected()[str(name)]
+        pairs = tuple(Pair(**{"with": text}, without=text) for text in spec["prompts"])
+        return Behavior(name=str(name), chat_template=spec["chat_template"], answer_tokens=spec["answer_tokens"], pairs=pairs)
+    if str(name) not in builtin_names() and not Path(name).is_file():
+        known = ", ".join((*protected_names(), *builtin_names()))
+        raise InputError(f"protected behaviour {name!s}", expected=f"a file, or one of {known}", found="neither")
+    return load_behavior(name).model_copy(update={"verifier": None})
+
+
+@functools.cache
+def _protected() -> dict[str, dict[str, Any]]:
+    text = importlib.resources.files("mechmerge.behaviors").joinpath("data/protected.yaml").read_text("utf-8")
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return loaded

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechmerge.errors import InputError, MissingError
+from mechmerge.errors import InputError, MissingError, visible
 from mechmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="A behaviour (name, file, or the group `formats`) and the expert that answers for it; repeat.",
         ),
         click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Weight of a behaviour (default 1)."),
+        click.option(
+            "--protect", multiple=True, metavar="NAME[=W]",
+            help="An ability of the base's own to leave as it is: chat, general, or a behaviour; a nat of damage to it weighs "
+            "as much as W whole gains of an expert (default 1); repeat.",
+        ),
         click.option("--prompts", type=click.IntRange(4), default=48, show_default=True, help="Calibration prompts each."),
         click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Examples a forward pass."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True),
@@ -179,17 +184,32 @@ def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
         return
     from rich.table import Table
 
-    table = Table(*(rows[0] if rows else []), title=title, title_justify="left")
+    table = Table(*map(escape, rows[0] if rows else []), title=escape(title), title_justify="left")
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     wide_console().print(table)
+
+
+def show_all(tables: dict[str, list[dict[str, Any]]], output: str) -> None:
+    """Prints several tables by title on stdout, as one JSON object or one below the other; empty ones are left out."""
+    if output == "json":
+        click.echo(json.dumps(tables, ensure_ascii=False))
+        return
+    for title, rows in tables.items():
+        if rows:
+            show(rows, output, title)
 
 
 def escape(text: str) -> str:
     """Text that rich prints as it is, control characters made visible."""
     from rich.markup import escape as escape_markup
 
-    return escape_markup("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+    return escape_markup(lines(text))
+
+
+def lines(text: str) -> str:
+    """Text for a terminal: control characters made visible, line breaks kept."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def set_threads(threads: int | None) -> None:
@@ -251,9 +271,9 @@ class LineProgress:
         self._label, self._total, self._done, self._since, self._said = "", 0, 0, 0.0, 0.0
 
     def start(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done = visible(label), total, 0
         self._since = self._said = time.monotonic()
-        print(f"  {label} …", file=sys.stderr, flush=True)
+        print(f"  {self._label} …", file=sys.stderr, flush=True)
 
     def advance(self, units: int = 1) -> None:
         self._done += units
@@ -266,7 +286,7 @@ class LineProgress:
             print(f"  {self._label}: done in {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(lines(text), file=sys.stderr, flush=True)
 
 
 class BarProgress:
@@ -285,7 +305,7 @@ class BarProgress:
     def start(self, label: str, total: int) -> None:
         self._bars = self._make()
         self._bars.start()
-        self._task = self._bars.add_task(label, total=total)
+        self._task = self._bars.add_task(escape(label), total=total)
 
     def advance(self, units: int = 1) -> None:
         if self._bars is not None:
@@ -297,7 +317,7 @@ class BarProgress:
             self._bars = None
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(lines(text), markup=False, highlight=False)
 
 
 def make_progress(quiet: bool) -> Progress:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mechmerge.cli.common import device_option, make_progress, quiet_option, set_threads, threads_option
+from mechmerge.cli.common import device_option, format_option, make_progress, quiet_option, set_threads, threads_option
 from mechmerge.cli.run import show_result
 
 
@@ -16,7 +16,8 @@ from mechmerge.cli.run import show_result
 @device_option
 @threads_option
 @quiet_option
-def command(out: Path, device: str, threads: int | None, quiet: bool) -> None:
+@format_option
+def command(out: Path, device: str, threads: int | None, quiet: bool, output: str) -> None:
     """Run the whole pipeline on SmolLM2-135M and two experts that wreck each other when summed.
 
     Takes up to 30 minutes on two cores the first time; a second call reuses what is there. The gate's verdict is printed
@@ -26,4 +27,4 @@ def command(out: Path, device: str, threads: int | None, quiet: bool) -> None:
     from mechmerge.pipeline.run import run_pipeline
 
     set_threads(threads)
-    show_result(run_pipeline(demo_folder() / "pipeline.yaml", out, make_progress(quiet), device))
+    show_result(run_pipeline(demo_folder() / "pipeline.yaml", out, make_progress(quiet), device), output)

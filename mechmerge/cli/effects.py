@@ -48,6 +48,10 @@ from mechmerge.cli.common import (
     help="Completeness error at which no more nodes are added.",
 )
 @click.option("--max-nodes", type=click.IntRange(6), default=10, show_default=True, help="Most points of the path.")
+@click.option("--from", "origin", type=click.Choice(["base", "sum"]), default="base", show_default=True,
+              help="base: along the path to the sum; sum: from there to what a round would leave of it.")  # fmt: skip
+@click.option("--check", type=click.IntRange(4), metavar="N",
+              help="Hold predictions against measured changes on N masks (`solve` needs it; 84 are many).")  # fmt: skip
 @memory_options
 @pair_options
 @device_option
@@ -59,6 +63,7 @@ def command(
     experts: tuple[str, ...],
     behaviors: tuple[str, ...],
     weights: tuple[str, ...],
+    protect: tuple[str, ...],
     out: Path,
     only_plan: bool,
     threads: int | None,
@@ -68,21 +73,24 @@ def command(
 ) -> None:
     """Measure what every component of every expert does to every behaviour.
 
-    The path goes from BASE to the sum of the experts' deltas; an effect is a component's share of what a behaviour gains
-    along it: of the drop in the negative log-likelihood of its expert's own answers (nats per answer token), or of the
-    recovery of its expert's state along the anchor (0: the base's, 1: the expert's). Positive helps.
+    The path goes from BASE to the sum of the experts' deltas (or, with --from sum, on from there); an effect is a component's
+    share of what a behaviour gains along it: of the drop in the negative log-likelihood of its expert's own answers (nats
+    per answer token), or of the recovery of its expert's state along the anchor (0: the base's, 1: the expert's). Positive
+    helps.
     """
     from mechmerge.cli.models import behavior_rows, open_experts
     from mechmerge.localize.effect_file import MEASURED
     from mechmerge.localize.effects import EffectSettings, measure_effects, plan_matrix
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
-    rows = behavior_rows(behaviors, weights)
+    rows = behavior_rows(behaviors, weights, protect)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
-    settings = EffectSettings(on_invalid=options.pop("invalid_anchor"), **options)
+    settings = EffectSettings(on_invalid=options.pop("invalid_anchor"), check=options.pop("check") or 0, **options)
     model = resolve(base, progress=progress)
+    note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
         show_plan(plan_matrix(model.checkpoint(), len(models), rows, settings), output)
         return
@@ -90,10 +98,16 @@ def command(
         file = measure_effects(model, models, rows, out, settings, progress)
     metadata, table = file.metadata, []
     for b in metadata.behaviors:
-        at = zip(("base", "sum", "own expert"), metadata.shown(b).values(), strict=True)
+        at = zip((*metadata.path.split("→"), "own expert"), metadata.shown(b).values(), strict=True)
         row: dict[str, Any] = {"behavior": b.name, "expert": b.expert, metadata.counted: f"{b.answers} of {b.prompts}"}
         row |= {f"{MEASURED[metadata.metric]} {where}": round(value, 3) for where, value in at}
         table.append(row | {"completeness error": round(b.completeness_error, 3)})
     for name, caveat in metadata.caveats.items():
         progress.note(f"note: {name}: {caveat}")
     show(table, output, "effects")
+    if metadata.linearity is not None:
+        lines = [
+            {"behavior": name, "slope": round(line.slope, 3), "R2": round(line.r2, 3), "holds": "yes" if line.holds else "NO"}
+            for name, line in metadata.linearity.lines.items()
+        ]
+        show(lines, output, f"measured on predicted changes around the sum, {metadata.linearity.masks} masks")

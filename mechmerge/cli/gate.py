@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mechmerge.cli.common import format_option
+from mechmerge.errors import visible
 
 
 @click.command()
@@ -46,7 +47,7 @@ def command(evaluation: Path, gate: Path, model: str | None, weights: Path | Non
         click.echo(result.model_dump_json(indent=1))
     else:
         for rule in result.rules:
-            click.echo(rule.line)
+            click.echo(visible(rule.line))
     if not result.passed:
         worst = result.failed[0]
         short = worst.problem or f"{worst.found:.3f}, short by {worst.short_by:.3f}"

@@ -11,7 +11,6 @@ from mechmerge.cli.common import (
     BehaviorCommand,
     CountOrAuto,
     device_option,
-    escape,
     format_option,
     make_progress,
     memory_guard,
@@ -106,6 +105,7 @@ def command(
     from mechmerge.localize.settings import LocalizeSettings
     from mechmerge.localize.stage import localize, used
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
     loaded = [load_behavior(name) for name in behaviors]
     set_threads(threads)
@@ -113,6 +113,7 @@ def command(
     roles = parse_document(RoleThresholds, named_numbers(thresholds, "--role-threshold"), "--role-threshold")
     settings = LocalizeSettings(on_invalid=options.pop("invalid_anchor"), roles=roles, **options)
     models = resolve(base, progress=progress), resolve(expert, progress=progress)
+    note_differences(models[0].path, {models[1].id.name: models[1].path}, progress)
     if only_plan:
         show_plan(plan_localize(models[0].checkpoint(), used(loaded, settings), settings, timed=True), output)
         return
@@ -129,7 +130,7 @@ def command(
                 click.echo(f"{metadata.label}: {kind}s: {record.sentence}")
             if metadata.curves is not None:
                 verdict = f"{metadata.label}: {metadata.curves.verdict}"
-                show(_points(metadata.curves), output, f"set curves of {escape(verdict)}")
+                show(_points(metadata.curves), output, f"set curves of {verdict}")
 
 
 def _row(path: Path, metadata: ScoreMetadata, output: str) -> dict[str, Any]:

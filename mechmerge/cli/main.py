@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from mechmerge import __version__
-from mechmerge.errors import MechmergeError
+from mechmerge.cli.config import apply, name_variables
+from mechmerge.errors import MechmergeError, machine_error
+from mechmerge.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # command: (module under mechmerge.cli, one line of help); the module holds a click command named `command`
@@ -22,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
     "recipe": ("recipe", "Compile measured files into a merge recipe."),
     "merge": ("merge", "Carry out a recipe and write the merged model."),
+    "mergekit": ("mergekit", "Run mergekit's own tools with our merge method registered."),
+    "export": ("export", "Write a recipe as a LoRA adapter, or one of its experts as a masked checkpoint."),
     "evaluate": ("evaluate", "Generate answers and judge them, with intervals and paired tests."),
     "compare": ("compare", "Compare models of evaluation files, paired on the same prompts."),
     "gate": ("gate", "Accept or refuse an evaluation by the rules of a gate file."),
@@ -34,8 +37,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("jobs", "List the jobs of a server."),
     "logs": ("logs", "Print what happened to a job, or follow it."),
     "cancel": ("cancel", "Cancel a job."),
-    "inspect": ("inspect", "Print what a file of ours holds: scores, effects, rounds, recipe, evaluation."),
+    "inspect": ("inspect", "Print what a file, a run, a model or a pair of models holds."),
+    "generate": ("generate", "Try a model: answer prompts, alone or beside another model."),
+    "cache": ("cache", "See and clear what lies in the cache of this machine."),
+    "doctor": ("doctor", "Look whether this machine has what is needed."),
+    "completion": ("completion", "Print the script that completes commands in a shell."),
 }
+
+
+PROGRAM, COMPLETE = "mechmerge", "_MECHMERGE_COMPLETE"
+"""Our name, and the variable by which a shell asks for completions."""
 
 
 class LazyGroup(click.Group):
@@ -49,6 +60,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"mechmerge.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
+        name_variables(command, f"MECHMERGE_{cmd_name.upper().replace('-', '_')}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -56,11 +68,13 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "MECHMERGE", "help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.option("--debug", is_flag=True, envvar="MECHMERGE_DEBUG", help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
+    apply(context, cli, context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or bool(os.environ.get("MECHMERGE_DEBUG"))
     try:
-        result: Any = cli.main(args=arguments, standalone_mode=False)
+        result: Any = cli.main(args=arguments, prog_name=PROGRAM, complete_var=COMPLETE, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -89,8 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        trouble = machine_error(error)
+        if trouble is not None:
+            print(f"mechmerge: {trouble}", file=sys.stderr)
+            sys.exit(trouble.exit_code)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"mechmerge: a bug, or a machine in trouble: {text[:500]} (--debug shows where)", file=sys.stderr)
+        print(f"mechmerge: a bug: {text[:500]} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 

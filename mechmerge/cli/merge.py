@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -15,11 +16,23 @@ from mechmerge.cli.common import format_option, make_progress, quiet_option, set
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL",
               help="Where a model lies: base, an expert's name or its reference (default: where it last was).")  # fmt: skip
 @click.option("--expert", metavar="NAME", help="Write only this expert of the recipe, masked, as a model of its own.")
+@click.option("--engine", type=click.Choice(["auto", "direct", "mergekit"]), default="auto", show_default=True,
+              help="Our direct writer (recipes of coefficients), mergekit (any recipe), or direct where possible.")  # fmt: skip
+@click.option("--verify/--no-verify", "check", default=True,
+              help="Verify the written model before it appears: every tensor, its files, and that it generates.")  # fmt: skip
 @threads_option
 @quiet_option
 @format_option
 def command(
-    recipe: str, out: Path, models: tuple[str, ...], expert: str | None, threads: int | None, quiet: bool, output: str
+    recipe: str,
+    out: Path,
+    models: tuple[str, ...],
+    expert: str | None,
+    engine: str,
+    check: bool,
+    threads: int | None,
+    quiet: bool,
+    output: str,
 ) -> None:
     """Carry out RECIPE (recipe.yaml) and write the merged model to the new folder OUT.
 
@@ -29,13 +42,13 @@ def command(
     from mechmerge.cli.models import open_folders
 
     folders = open_folders(models)
-    from mechmerge.merge.engine import merge
+    from mechmerge.merge.engine import Engine, merge
     from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.schema import read_recipe
 
     set_threads(threads)
     progress = make_progress(quiet)
-    merge(local_file(recipe, progress), out, folders, progress, expert)
+    merge(local_file(recipe, progress), out, folders, progress, expert, engine=cast(Engine, engine), check=check)
     written, _ = read_recipe(out / "recipe.yaml")
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
     row = {"model": str(out), "policy": written.policy.name, "experts": ", ".join(written.experts), "dtype": written.out_dtype}

@@ -47,14 +47,14 @@ def open_folders(texts: Sequence[str]) -> dict[str, Path]:
     return {name: resolve(reference).path for name, reference in named(texts, "--model").items()}
 
 
-def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[BehaviorRow]:
-    """Parses NAME=EXPERT behaviours and NAME=NUMBER weights.
+def behavior_rows(behaviors: Sequence[str], weights: Sequence[str], protect: Sequence[str] = ()) -> list[BehaviorRow]:
+    """Parses NAME=EXPERT behaviours, NAME=NUMBER weights and protected NAME[=NUMBER].
 
     Raises:
         InputError: a weight that is not a number, or of a behaviour that is not given.
     """
-    from mechmerge.behaviors.schema import load_group
-    from mechmerge.localize.calibration import BehaviorRow
+    from mechmerge.behaviors.schema import load_group, load_protected
+    from mechmerge.localize.calibration import BASE, BehaviorRow
 
     owners, numbers = named(behaviors, "--behavior"), named_numbers(weights, "--weight")
     for name, number in numbers.items():
@@ -62,4 +62,9 @@ def behavior_rows(behaviors: Sequence[str], weights: Sequence[str]) -> list[Beha
             raise InputError("--weight", expected="a positive number", found=f"{name}={number:g}")
     if unknown := numbers.keys() - owners.keys():
         raise InputError("--weight", expected=f"one of {', '.join(owners)}", found=", ".join(sorted(unknown)))
-    return [BehaviorRow(Path(name).stem, load_group(name), expert, numbers.get(name, 1.0)) for name, expert in owners.items()]
+    rows = [BehaviorRow(Path(name).stem, load_group(name), expert, numbers.get(name, 1.0)) for name, expert in owners.items()]
+    kept = named_numbers((text if "=" in text else f"{text}=1" for text in protect), "--protect")
+    for name, number in kept.items():
+        if not (math.isfinite(number) and number > 0):
+            raise InputError("--protect", expected="a positive number", found=f"{name}={number:g}")
+    return rows + [BehaviorRow(Path(name).stem, (load_protected(name),), BASE, number) for name, number in kept.items()]

@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, named, pair_options, quiet_option, show
+from mechmerge.cli.common import (
+    format_option,
+    make_progress,
+    named,
+    named_numbers,
+    pair_options,
+    quiet_option,
+    set_threads,
+    show_all,
+    threads_option,
+)
+from mechmerge.cli.recipe_explain import diff, explain, summary
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
 
-@click.command()
+class CommandWithOthers(click.Command):
+    """A command that hands over to another one where its first argument is the other's name (a file of that name: ./diff)."""
+
+    others: ClassVar[dict[str, click.Command]] = {"diff": diff, "explain": explain}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the command that the arguments name."""
+        if args and args[0] in self.others:
+            return self.others[args[0]].make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invokes the command that the context belongs to."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Names the others below the options."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, other.get_short_help_str(90)) for name, other in self.others.items()])
+
+
+@click.command(cls=CommandWithOthers)
 @click.argument("files", nargs=-1, required=True)
 @click.option("--policy", type=click.Choice(POLICIES), required=True, help="How coefficients are chosen.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="recipe.yaml; its masks go beside it."
 )
 @click.option(
-    "--budget", type=click.FloatRange(0, 1, min_open=True), help="top: fraction of each expert's head + kv + neuron parameters."
+    "--budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="top, solve: fraction of each expert's head + kv + neuron parameters.",
 )
 @click.option(
     "--overlap", type=click.Choice(["sum", "share", "winner"]), help="top: what a component that several experts want gets."
@@ -28,7 +64,18 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 @click.option(
     "--weighting", type=click.Choice(["own-gain", "equal"]), help="conflict: divide weights by the own expert's gain or not."
 )
-@click.option("--agreement/--no-agreement", default=None, help="conflict: drop only what harms on both halves of the prompts.")
+@click.option(
+    "--agreement/--no-agreement",
+    default=None,
+    help="conflict: drop only what harms on both halves of the prompts; solve: the worst case is that of both halves.",
+)
+@click.option(
+    "--protect", multiple=True, metavar="NAME=W", help="conflict: weight of a protected behaviour of the effect file."
+)
+@click.option("--limit", "limits", multiple=True, metavar="NAME=NATS",
+              help="solve: most predicted rise of a behaviour's loss above the base's (protected ones: 0.1).")  # fmt: skip
+@click.option("--unproven", is_flag=True, default=None,
+              help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
 @click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties: share of every delta that is kept.")
 @click.option("--like", metavar="FILE", help="random, magnitude: the recipe whose shares they copy.")
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
@@ -39,6 +86,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 )
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
 @pair_options
+@threads_option
 @quiet_option
 @format_option
 def command(
@@ -46,10 +94,13 @@ def command(
     policy: str,
     out: Path,
     weights: tuple[str, ...],
+    protect: tuple[str, ...],
+    limits: tuple[str, ...],
     like: str | None,
     seed: int,
     emit: str | None,
     models: tuple[str, ...],
+    threads: int | None,
     quiet: bool,
     output: str,
     **options: Any,
@@ -58,16 +109,19 @@ def command(
 
     FILES are paths, or files on the Hub: hf://datasets/owner/name[@revision]/scores/title.safetensors.
 
-    conflict needs an effect file, rounds a rounds file, top score files of every expert; random and magnitude are made like
-    another recipe; the baselines (task-arithmetic, linear, ties, dare-ties) take only the models from the files.
+    conflict and solve need an effect file (solve takes a file of `rounds --solve` as well), rounds a rounds file, top score
+    files of every expert; random and magnitude are made like another recipe; the baselines (mergekit's own methods) take only
+    the models from the files.
+
+    Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two.
     """
     from mechmerge.cli.models import open_folders
-    from mechmerge.localize.effect_file import MEASURED, UNITS
     from mechmerge.models.hub_files import local_file
-    from mechmerge.recipe.compile import compile_recipe, shares
+    from mechmerge.recipe.compile import compile_recipe
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
+    set_threads(threads)
     progress = make_progress(quiet)
     folders = open_folders(models)
     sources = read_sources([local_file(file, progress) for file in files])
@@ -76,7 +130,7 @@ def command(
     compiled = compile_recipe(
         policy,
         sources,
-        parameters=_parameters(policy, weights, options),
+        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits),
         seed=seed,
         like=model,
         delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),
@@ -90,11 +144,7 @@ def command(
         from mechmerge.artifacts import write_text
 
         write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
-    show(shares(recipe, compiled.masks, sources.unit_parameters()), output, f"recipe {recipe.policy.name}")
-    if recipe.predicted is not None and output == "table":
-        changed = f"predicted change of {MEASURED[recipe.predicted_on]}"
-        rows = [{"behavior": name, changed: round(value, 4)} for name, value in recipe.predicted.items()]
-        show(rows, output, f"against the base, {UNITS[recipe.predicted_on]}")
+    show_all(summary(recipe, compiled.masks, sources.effects, sources.unit_parameters()), output)
 
 
 def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +162,26 @@ def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) 
         return given | {f"weight.{name}": float(value) for name, value in named(weights, "--weight").items()}
     except ValueError:
         raise InputError("--weight", expected="a number", found=" ".join(weights)) from None
+
+
+def _of_behaviors(sources: Any, protect: tuple[str, ...], limits: tuple[str, ...]) -> dict[str, float]:
+    """Weights of protected behaviours and limits of damage, as parameters.
+
+    Raises:
+        InputError: not NAME=NUMBER, or a behaviour that the effect file does not protect.
+    """
+    from mechmerge.errors import InputError
+
+    weights = named_numbers(protect, "--protect")
+    known = [] if sources.effects is None else [b.name for b in sources.effects.metadata.behaviors if b.protected]
+    for name in weights:
+        if name not in known:
+            raise InputError(
+                "--protect", expected=f"a protected behaviour of the effect file ({', '.join(known) or 'it has none'})",
+                found=name, fix="measure it with `mechmerge effects --protect`",
+            )  # fmt: skip
+    found = {f"weight.{name}": value for name, value in weights.items()}
+    return found | {f"limit.{name}": value for name, value in named_numbers(limits, "--limit").items()}
 
 
 def _norms(recipe: Any, name: str, folders: dict[str, Path]) -> Any:

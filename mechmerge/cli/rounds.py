@@ -42,6 +42,13 @@ def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option("--metric", default="loss", show_default=True, expose_value=False, callback=loss_alone,
               help="Rounds are measured on the loss alone.")  # fmt: skip
 @click.option("--max-rounds", type=click.IntRange(1, 4), default=4, show_default=True, help="Most rounds.")
+@click.option("--solve", "effects", type=click.Path(path_type=Path, dir_okay=False), metavar="EFFECTS",
+              help="Instead of rounds: a linear program over this effect file, measured, and once more if off.")  # fmt: skip
+@click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
+              help="solve: fraction of each expert's head + kv + neuron parameters (default: all).")  # fmt: skip
+@click.option("--limit", "limits", multiple=True, metavar="NAME=NATS",
+              help="solve: most rise of a behaviour's loss above the base's (protected ones: 0.1); repeat.")  # fmt: skip
+@click.option("--unproven", is_flag=True, help="solve: although predictions of the effects are not known to come true.")
 @memory_options
 @pair_options
 @device_option
@@ -53,7 +60,12 @@ def command(
     experts: tuple[str, ...],
     behaviors: tuple[str, ...],
     weights: tuple[str, ...],
+    protect: tuple[str, ...],
     out: Path,
+    effects: Path | None,
+    budget: float | None,
+    limits: tuple[str, ...],
+    unproven: bool,
     only_plan: bool,
     threads: int | None,
     quiet: bool,
@@ -65,27 +77,44 @@ def command(
     Starts from the sum of the experts; each round turns components over whose effect at the current merge, and along the
     path to the change, agrees on both halves of the calibration prompts; stops when the measured gain stops rising.
     Trains nothing.
+
+    With --solve: the coefficients with the largest predicted worst case, the gain that the worst-off behaviour keeps of its own
+    expert's, under a budget and limits of damage; measured, and solved once more where the prediction was off.
     """
+    from mechmerge.cli.common import named_numbers
     from mechmerge.cli.models import behavior_rows, open_experts
+    from mechmerge.errors import InputError
     from mechmerge.localize.calibration import rows_of
+    from mechmerge.localize.effect_file import read_effects
     from mechmerge.localize.plan_steps import plan_effects
     from mechmerge.localize.rounds import RoundSettings, settle
+    from mechmerge.localize.solving import SolveSettings, settle_solution
     from mechmerge.models.references import resolve
+    from mechmerge.models.sides import note_differences
 
-    rows = behavior_rows(behaviors, weights)
+    if effects is None and (budget is not None or limits or unproven):
+        raise InputError("rounds", expected="--solve EFFECTS with --budget, --limit and --unproven", found="none")
+    rows = behavior_rows(behaviors, weights, protect)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
     settings, model = RoundSettings(**options), resolve(base, progress=progress)
+    note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
         show_plan(plan_effects(model.checkpoint(), len(models), rows_of(rows), settings, timed=True), output)
         return
     with memory_guard():
-        file = settle(model, models, rows, out, settings, progress)
+        if effects is None:
+            file = settle(model, models, rows, out, settings, progress)
+        else:
+            common = settings.model_dump(exclude={"max_rounds"})
+            told: dict[str, Any] = {"budget": budget or 1.0, "limits": named_numbers(limits, "--limit"), "unproven": unproven}
+            asked = SolveSettings(**common, **told)
+            file = settle_solution(model, models, rows, read_effects(effects), out, asked, progress)
     show(
         [
             {
-                "round": number,
+                "round" if effects is None else "solution": number,
                 "proposed": record.proposed,
                 "changed": record.changed,
                 "weighted gain": round(record.gain, 3),
@@ -96,5 +125,5 @@ def command(
             for number, record in enumerate(file.metadata.rounds, 1)
         ],
         output,
-        "rounds",
+        file.metadata.method,
     )

@@ -36,6 +36,8 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
               "Better in the environment: MECHMERGE_SERVE_DATABASE.")  # fmt: skip
 @click.option("--slots", type=click.IntRange(0), default=1, show_default=True, help="Jobs that run at once; 0: none.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each job (default: the cores, shared among the slots).")
+@click.option("--nice", type=click.IntRange(0, 19), default=5, show_default=True,
+              help="How far jobs stand back for the server, as nice counts.")  # fmt: skip
 @click.option("--time", "hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True,
               help="Working hours after which a job is ended.")  # fmt: skip
 @click.option("--memory", callback=_size, metavar="SIZE", help="Memory of a job, such as 16GB (default: no limit).")

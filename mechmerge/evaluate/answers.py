@@ -26,7 +26,7 @@ from mechmerge.evaluate.backends import VLLM, Engine, EngineDecoder
 from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.evaluate.suites import Suite
 from mechmerge.models.packed import kernels, load_packed
-from mechmerge.models.references import Model
+from mechmerge.models.references import Model, unchanged
 from mechmerge.progress import Progress
 from mechmerge.versions import versions
 
@@ -113,6 +113,8 @@ class Speaker:
         self.name, self.model, self.settings, self.progress, self.engine = name, model, settings, progress, engine
         self.folder, self.timings = samples / ".answers", samples.parent / "timings.jsonl"
         self.tokenizer = load_tokenizer(model.path)
+        self.check = unchanged(model)
+        """Raises where the model's files are no longer those that it answers with."""
         self._loaded: Any = None
         self._latest: _Asked | None = None
 
@@ -140,12 +142,13 @@ class Speaker:
         asked = self._asked(suite)
         plan = batches([len(ids) for ids in asked.tokens], self.settings.batch)
         path = self.folder / f"{digest(asked.inputs)[:32]}.json"
-        if path.exists():
-            answers = [Said(*answer) for answer in json.loads(path.read_text("utf-8"))]
+        kept = _kept(path, len(asked.texts))
+        if kept is not None:
+            answers = kept
             for rows in plan:
                 _tell(told, rows, [answers[i] for i in rows])
         else:
-            units = Units(self.folder / "units", asked.inputs)
+            units = Units(self.folder / "units", asked.inputs, self.check)
             answers = self._make(asked, plan, units, told, clock)
             write_json(path, [list(answer) for answer in answers])
             units.discard()
@@ -278,6 +281,15 @@ class Speaker:
         }
         with self.timings.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
+
+
+def _kept(path: Path, count: int) -> list[Said] | None:
+    """The answers that an earlier call kept; None where there are none that can be read."""
+    try:
+        answers = [Said(*answer) for answer in json.loads(path.read_text("utf-8"))]
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return answers if len(answers) == count else None
 
 
 def _tell(told: Told | None, rows: list[int], said: list[Said]) -> None:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mechmerge.artifacts import Document
+from mechmerge.artifacts import Document, Migration
 from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.record import Evaluation
@@ -135,6 +135,9 @@ class RuleResult(Document):
 class GateResult(Document):
     """What a gate said about an evaluation."""
 
+    # Version 1 said neither n nor weights, which may be left out.
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {1: lambda old: old}
+
     schema_version: Literal[2] = 2
     passed: bool
     rules: tuple[RuleResult, ...]
@@ -238,12 +241,17 @@ def _figure(evaluation: Evaluation, rule: Rule, model: str, clusters: int | None
         "resamples": evaluation.settings.resamples,
         "clusters": clusters,
     }
-    bound, mine = rule.at_least, evaluation.column(model, rule.metric)
+    bound = rule.at_least
+
+    def mine() -> Column:  # where it is needed: files of schema 1 hold none, and plain values need none
+        return evaluation.column(model, rule.metric)
+
     least = bound.plus if isinstance(bound, Bound) else bound
     if rule.retained is not None:
         names = (rule.retained.base, rule.retained.expert)
         base, expert = (evaluation.column(name, rule.metric) for name in names)
-        share = None if mine.over == "min" else retained(mine, base, expert, **options)
+        own = mine()
+        share = None if own.over == "min" else retained(own, base, expert, **options)
         if share is None:
             raise InputError(
                 f"gain of {names[1]} over {names[0]} in {rule.metric}",
@@ -252,14 +260,14 @@ def _figure(evaluation: Evaluation, rule: Rule, model: str, clusters: int | None
             )
         return share, least
     if rule.difference_to is not None:
-        return _difference(mine, evaluation.column(rule.difference_to, rule.metric), 1.0, options), least
+        return _difference(mine(), evaluation.column(rule.difference_to, rule.metric), 1.0, options), least
     if isinstance(bound, Bound):
         name = bound.metric or rule.metric
         if rule.use == "low":
-            return _difference(mine, evaluation.column(bound.model, name), bound.times, options), least
+            return _difference(mine(), evaluation.column(bound.model, name), bound.times, options), least
         bound = bound.times * evaluation.metric(bound.model, name).value + bound.plus
     metric = evaluation.metric(model, rule.metric)
-    return interval(mine, **options) if clusters else Interval(metric.value, metric.low, metric.high), bound
+    return interval(mine(), **options) if clusters else Interval(metric.value, metric.low, metric.high), bound
 
 
 def _difference(mine: Column, other: Column, times: float, options: dict[str, Any]) -> Interval:

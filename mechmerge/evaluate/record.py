@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mechmerge.artifacts import Document, write_text
+from mechmerge.artifacts import Document, Migration, write_text
 from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.models.references import ModelId
@@ -177,8 +178,26 @@ class PairTest(Document):
         return self.high < 0 and self.p_holm < 0.05
 
 
+def _with_units(old: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 held no outcomes of single prompts: metrics and tests stay, and what would be computed from outcomes is refused.
+
+    The headlines of version 1 were a suite's own metric and its tiers'.
+    """
+    for name, suite in old["suites"].items():
+        results = [model["suites"][name] for model in old["models"].values() if name in model["suites"]]
+        flats = list(dict.fromkeys(flat for result in results for flat in result["metrics"]))
+        suite["units"] = {
+            flat: {"cluster": [], "groups": [], "group": [], "headline": flat.partition("@")[0] == name} for flat in flats
+        }
+        for result in results:
+            result["outcomes"] = dict.fromkeys(result["metrics"], "")
+    return old
+
+
 class Evaluation(Document):
     """`evaluation.json`."""
+
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {1: _with_units}
 
     schema_version: Literal[2] = 2
     suites: dict[str, SuiteRecord]
@@ -248,6 +267,11 @@ class Evaluation(Document):
         self.metric(model, name)
         suite = next(suite for suite, result in self.models[model].suites.items() if name in result.metrics)
         units, held = self.suites[suite].units[name], self.models[model].suites[suite].outcomes[name]
+        if not held:
+            raise InputError(
+                f"metric {name!r} of {model}", expected="outcomes of single prompts", found="none, as in files of schema 1",
+                fix="evaluate again",
+            )  # fmt: skip
         return Column(
             values=[float(value) for value in held],
             clusters=[str(number) for number in units.cluster],

@@ -135,11 +135,11 @@ def check_samples(path: Path, key: str) -> None:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding="utf-8", errors="replace") as handle:
         first = handle.readline()
     try:
         found = str(json.loads(first)["answers"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = "no key"
     if found != key:
         raise InputError(
@@ -164,8 +164,14 @@ def _one(name: str, speaker: Speaker, suite: Suite, samples: Path, settings: Eva
                 handle.write(json.dumps(rows[place], ensure_ascii=False) + "\n")
             handle.flush()
 
-        said = speaker.answers(suite, told)
+        try:
+            said = speaker.answers(suite, told)
+        except BaseException:
+            if not rows:  # nothing that anyone could look at
+                partial.unlink()
+            raise
     ordered = [rows[place] for place in range(len(suite.prompts))]
+    speaker.check()
     write_samples(path, ordered)
     partial.unlink()
     note_errors(name, suite, ordered, progress)

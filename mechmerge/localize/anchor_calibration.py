@@ -115,7 +115,7 @@ class AnchorCalibration(Calibration):
             raise LocalizeError("anchor layer", expected=f"1 … {layers}", found=str(settings.anchor_layer))
         told = {name: getattr(settings, name) for name in ("steering_prompts", "anchor_layer")}
         self.inputs |= {"metric": self.metric, "anchors": told}
-        self.units = Units(folder, self.inputs)
+        self.units = Units(folder, self.inputs, self.check)
         self._folder = folder
         self.members = members_of(rows, settings.prompts)
         for name in experts:
@@ -136,7 +136,7 @@ class AnchorCalibration(Calibration):
 
     def _anchor_units(self, expert: str, behavior: Behavior) -> Units:
         """Where the units of an anchor are kept."""
-        return Units(self._folder, [self.inputs, expert, behavior.digest])
+        return Units(self._folder, [self.inputs, expert, behavior.digest], self.check)
 
     def _base(self) -> Bench:
         return self.bench

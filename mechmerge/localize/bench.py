@@ -69,8 +69,7 @@ class Bench:
 
     def loaded(self, name: str) -> str:
         """The name that a checkpoint's tensor or module has in the loaded model."""
-        family = self.checkpoint.arch.family
-        return family.loaded_head + name[len(family.head) :] if name.split(".")[0] == family.head else name
+        return self.checkpoint.arch.family.loaded_name(name)
 
     # -------------------------------------------------------------------------------------------------------------- tokens
     def encode(self, texts: Iterable[str], *, special_tokens: bool = False) -> Batch:

@@ -36,13 +36,13 @@ from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS, Block
 from mechmerge.models.deltas import delta_of
 from mechmerge.models.pair import PositionRule, VocabularyRule, align, check_pair
-from mechmerge.models.references import Model
+from mechmerge.models.references import Model, unchanged
 from mechmerge.progress import SILENT, Progress
 from mechmerge.versions import versions
 
 Array = np.ndarray
-
-
+BASE = "base"
+"""Who answers for a protected behaviour; no expert may be called so."""
 DELTAS_KEPT = 16
 """Tensors whose deltas are kept where the model is streamed: about a layer's."""
 
@@ -72,8 +72,13 @@ class BehaviorRow:
     name: str
     members: tuple[Behavior, ...]
     expert: str
-    """The expert that answers for it."""
+    """The expert that answers for it, or `base`: a behaviour of the base's own, which a merge is to leave as it is."""
     weight: float = 1.0
+
+    @property
+    def protected(self) -> bool:
+        """Whether its answers are the base's own, so that no expert gains on it."""
+        return self.expert == BASE
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,14 @@ class Calibration:
         for names in ([row.name for row in rows], *([member.name for member in row.members] for row in rows)):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise InputError("behaviours", expected="each name once", found=f"{twice[0]} twice")
+        if BASE in experts:
+            raise InputError("EXPERT", expected=f"another name than {BASE!r}", found=BASE, fix="write NAME=EXPERT")
         for row in rows:
             if not (np.isfinite(row.weight) and row.weight > 0):
                 raise InputError(f"weight of {row.name}", expected="a positive number", found=str(row.weight))
-            if row.expert not in experts:
+            if row.protected and self.metric != "loss":
+                raise InputError(f"protected behaviour {row.name}", expected="the metric loss", found=self.metric)
+            if not row.protected and row.expert not in experts:
                 raise InputError(f"behaviour {row.name}", expected=f"an expert of {', '.join(experts)}", found=row.expert)
             for member in row.members:
                 if member.verifier is not None:
@@ -187,7 +196,9 @@ class Calibration:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        self.units = Units(folder, self.inputs)
+        self.check = unchanged(base, *self.experts.values())
+        """Raises where a model's files are no longer those that were measured."""
+        self.units = Units(folder, self.inputs, self.check)
         self.asked: dict[int, int] = {}
         """Prompts asked, by row."""
         self._deltas: dict[str, list[torch.Tensor | None]] = {}
@@ -270,7 +281,8 @@ class Calibration:
 
     def _expert(self, name: str) -> Any:
         if getattr(self, "_loaded", None) != name:
-            self._model = open_bench(self.experts[name], self.settings.dtype, self.settings.device, self.plan).module
+            model = self.base if name == BASE else self.experts[name]
+            self._model = open_bench(model, self.settings.dtype, self.settings.device, self.plan).module
             self._loaded = name
         return self._model
 

@@ -35,12 +35,60 @@ MEASURED: dict[ScoreSource, str] = {"loss": "loss", "anchor": "recovery"}
 """What is shown of a behaviour at a point, by metric: a loss falls where a behaviour gains, a recovery rises."""
 
 
+Origin = Literal["base", "sum"]
+"""Where the path of the effects starts: at the base, leading to the sum of all experts; or at the sum, leading to what a round
+would leave of it (localize/proposal.py).
+"""
+PATHS: dict[Origin, str] = {"base": "base→sum", "sum": "sum→proposal"}
+"""The paths by where they start, as files name them."""
+SLOPES = (0.8, 1.2)
+"""Slopes within which a prediction is called linear."""
+LEAST_R2 = 0.8
+"""The least R² of a prediction that is called linear."""
+
+
+class Line(Document):
+    """The least-squares line of a behaviour's measured changes on the predicted ones."""
+
+    slope: float
+    """1: what is predicted comes true. 0 where nothing was predicted to change."""
+    r2: float
+    """Share of the measured changes' variance that the line explains, 0 … 1."""
+    largest: float
+    """Largest measured change in size, in the metric's unit."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the prediction is good enough to solve for."""
+        return SLOPES[0] <= self.slope <= SLOPES[1] and self.r2 >= LEAST_R2
+
+
+class Linearity(Document):
+    """How far the effects' linear predictions come true where merges are decided: around the sum (localize/linearity.py)."""
+
+    masks: int
+    """Masks that were predicted and measured, half of them shuffled."""
+    lines: dict[str, Line]
+    """By behaviour."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the predictions of every behaviour are linear."""
+        return all(line.holds for line in self.lines.values())
+
+    @property
+    def failing(self) -> str:
+        """What does not hold, in words; empty where all does."""
+        bad = (f"{name}: slope {line.slope:.2f}, R² {line.r2:.2f}" for name, line in self.lines.items() if not line.holds)
+        return "; ".join(bad)
+
+
 class BehaviorEffect(Document):
     """What is known of one behaviour (a row of the matrix) beside its effects."""
 
     name: str
     expert: str
-    """The expert that answers for it."""
+    """The expert that answers for it; `base` where it is protected: the loss is that of the base's own answers."""
     weight: float
     """Its weight as the user gave it (1 unless told otherwise)."""
     members: tuple[str, ...]
@@ -61,6 +109,8 @@ class BehaviorEffect(Document):
     """The same at the end of the path."""
     loss_expert: float
     """The same of its own expert."""
+    loss_base: float | None = None
+    """The same of the base, where the path does not start there."""
     completeness_error: float
     """|Σ effects − (loss_start − loss_end)| / max(|loss_start − loss_end|, 0.05)."""
     anchors: dict[str, AnchorRecord] = Field(default_factory=dict)
@@ -68,8 +118,20 @@ class BehaviorEffect(Document):
 
     @property
     def own_gain(self) -> float:
-        """What its own expert takes away from the value at the path's start, in the metric's unit."""
-        return self.loss_start - self.loss_expert
+        """What its own expert takes away from the base's value, in the metric's unit; 0 where it is protected."""
+        return self.at_base - self.loss_expert
+
+    @property
+    def at_base(self) -> float:
+        """The base's value."""
+        return self.loss_start if self.loss_base is None else self.loss_base
+
+    @property
+    def protected(self) -> bool:
+        """Whether its answers are the base's own: no expert owns it, nothing is gained on it, and a rise of its loss is
+        damage.
+        """
+        return self.expert == "base"
 
     @property
     def caveat(self) -> str | None:
@@ -93,12 +155,14 @@ class EffectMetadata(Document):
     behaviors: tuple[BehaviorEffect, ...]
     """Behaviours in the order of the tensors' first dimension."""
     path: str
-    """`base→sum`: from the base to base + Σ (expert − base)."""
+    """`base→sum`: from the base to base + Σ (expert − base); `sum→proposal`: from there to what a round would leave of it."""
     nodes: tuple[float, ...]
     """Points of the path, 0 … 1, at which gradients were taken."""
     parameters: dict[str, int]
     """Parameters of one unit of head, kv and neuron."""
     dtype: str
+    linearity: Linearity | None = None
+    """How far predictions come true around the sum; None where that was not measured."""
     seed: int
     versions: dict[str, str]
 
@@ -129,6 +193,20 @@ class EffectFile:
 
     metadata: EffectMetadata
     arrays: dict[str, Array]
+
+    def gains_at_nothing(self, total: Array) -> Array:
+        """Each behaviour's predicted gain at coefficients 0, [R], to which coefficient × effect is added.
+
+        It is 0 where the path starts at the base. Where it starts at the sum, whose gain was measured, it is what the
+        prediction would be at the base: of no meaning there, but it makes the prediction exact at the sum.
+
+        Args:
+            total: sum of each behaviour's effects over everything, [R].
+        """
+        if self.metadata.path == PATHS["base"]:
+            return np.zeros(len(self.metadata.behaviors))
+        measured: Array = np.array([b.at_base - b.loss_start for b in self.metadata.behaviors])
+        return measured - total
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, after checking its tensors."""

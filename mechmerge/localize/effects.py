@@ -9,6 +9,9 @@ https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is 
 Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the value at its ends is known, so the error of
 each interval is exact; the worst one is halved until the completeness error is small enough or the nodes run out.
 
+With the origin `sum` the path is the short one from the sum to what a round would leave of it (localize/proposal.py): effects
+where merges are decided, at five points.
+
 Cost, in forward-equivalents (tokens through all layers, over those of the measured texts): at a node a behaviour takes one
 forward pass, one backward pass (to activations alone: no weight has a gradient), and one product with the deltas of each of the
 E experts: 2 + E, which is 3 for one expert and less than 3 a behaviour, expert and node for several. On an anchor each is the
@@ -25,11 +28,15 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from mechmerge.artifacts import lock
 from mechmerge.localize.anchor_calibration import AnchorCalibration, AnchorCalibrationSettings, members_of
-from mechmerge.localize.calibration import BehaviorRow, Calibration, Point, rows_of
-from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile, EffectMetadata
+from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, rows_of
+from mechmerge.localize.effect_file import EFFECT_KINDS, PATHS, BehaviorEffect, EffectFile, EffectMetadata, Linearity, Origin
+from mechmerge.localize.integrals import gauss_legendre, integrate
+from mechmerge.localize.linearity import check_linearity
 from mechmerge.localize.plan import Plan
 from mechmerge.localize.plan_steps import plan_anchor_effects, plan_effects
+from mechmerge.localize.proposal import NODES, drop, everything, per_nat, propose
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -49,7 +56,11 @@ class EffectSettings(AnchorCalibrationSettings):
     tolerance: float = Field(default=0.05, gt=0)
     """Completeness error at which no more nodes are added."""
     max_nodes: int = Field(default=10, ge=6)
-    """Most points of the path at which gradients are taken."""
+    """Most points of the path at which gradients are taken (from the base; a short path has four)."""
+    origin: Origin = "base"
+    """Where the path starts: at the base, or at the sum, where merges are decided."""
+    check: int = Field(default=0, ge=0)
+    """Masks on which predictions are held against measured changes around the sum; 0: none."""
 
 
 def measure_effects(
@@ -79,9 +90,12 @@ def measure_effects(
     settings = settings or EffectSettings()
     kind = AnchorCalibration if settings.metric == "anchor" else Calibration
     calibration = kind(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
-    file = _along_the_path(calibration, settings)
-    file.write(out)
-    calibration.discard()
+    with lock(out.with_name(f".{out.name}.lock"), f"effect file {out}"):
+        along = _along_the_path if settings.origin == "base" else _from_the_sum
+        file = along(calibration, settings)
+        calibration.check()
+        file.write(out)
+        calibration.discard()
     return file
 
 
@@ -114,38 +128,65 @@ def _along_the_path(calibration: Calibration, settings: EffectSettings) -> Effec
         ends[middle] = loss(middle)
         del intervals[(a, b)]
         intervals |= {half: integrate(calibration, zero, whole_sum, *half) for half in ((a, middle), (middle, b))}
+    nodes = sorted(t for interval in intervals for t in gauss_legendre(*interval))
+    summed = {kind: np.sum([values[kind] for values in intervals.values()], axis=0) for kind in EFFECT_KINDS}
+    return _file(calibration, settings, summed, nodes, describe(calibration, ends[0.0], ends[1.0], error))
+
+
+def _from_the_sum(calibration: Calibration, settings: EffectSettings) -> EffectFile:
+    """Integrates from the sum to what a round would leave of it."""
+    weights, start = calibration.weights(), everything(calibration)
+    base = weights @ calibration.losses(calibration.point(0.0), "the base")
+    at = weights @ calibration.losses(start, "the sum")
+    rows = calibration.rows
+    own = [(weights @ calibration.losses(calibration.point(1.0, row.expert), row.expert))[r] if not row.protected else base[r]
+           for r, row in enumerate(rows)]  # fmt: skip
+    proposal = propose(calibration, start, per_nat(calibration, base - own), "the sum")
+    there = weights @ calibration.losses(proposal.point, "the proposal")
+    change = {kind: array - 1 for kind, array in (proposal.point.units or {}).items()}
+    error = np.abs(drop(calibration, proposal.along, change) - (at - there))
+    error /= np.maximum(np.abs(at - there), COMPLETENESS_FLOOR)
+    return _file(calibration, settings, proposal.along, NODES, describe(calibration, at, there, error, base))
+
+
+def _file(
+    calibration: Calibration,
+    settings: EffectSettings,
+    effects: Mapping[str, Array],
+    nodes: Sequence[float],
+    behaviors: tuple[BehaviorEffect, ...],
+) -> EffectFile:
+    """The file of the effects of every example, checked where that is asked for."""
+    linearity: Linearity | None = None
+    if settings.check:
+        gains = np.array([b.own_gain for b in behaviors])
+        linearity = check_linearity(calibration, effects, per_nat(calibration, gains), settings.check)
     metadata = EffectMetadata(
         metric=calibration.metric,
         base=calibration.base.id,
         experts={name: expert.id for name, expert in calibration.experts.items()},
-        behaviors=describe(calibration, ends[0.0], ends[1.0], error),
-        path="base→sum",
-        nodes=tuple(sorted(t for interval in intervals for t in gauss_legendre(*interval))),
+        behaviors=behaviors,
+        path=PATHS[settings.origin],
+        nodes=tuple(nodes),
         parameters=unit_parameters(calibration.checkpoint),
         dtype=settings.dtype,
+        linearity=linearity,
         seed=settings.seed,
         versions=versions(),
     )
-    summed = {kind: np.sum([values[kind] for values in intervals.values()], axis=0) for kind in EFFECT_KINDS}
-    return EffectFile(metadata, _statistics(calibration, summed))
+    return EffectFile(metadata, statistics(calibration, effects))
 
 
-def integrate(calibration: Calibration, start: Point, end: Point, a: float, b: float) -> dict[str, Array]:
-    """−∫⟨∂ℓ/∂θ, δ⟩ dt of every example over [a, b] of the path from `start` to `end`: kind → float32 [E, n, layers, units]."""
-    first, second = (calibration.gradients(start.between(end, t), f"{t:.3f} of the path") for t in gauss_legendre(a, b))
-    return {kind: (first[kind] + second[kind]) * ((b - a) / 2) for kind in first}
-
-
-def gauss_legendre(a: float, b: float) -> tuple[float, float]:
-    """The two Gauss-Legendre nodes of [a, b]."""
-    middle, half = (a + b) / 2, (b - a) / 2
-    return middle - half / 3**0.5, middle + half / 3**0.5
-
-
-def describe(calibration: Calibration, start: Array, end: Array, error: Array) -> tuple[BehaviorEffect, ...]:
-    """The records of the behaviours, with their values [R] at the ends of a path and at their own experts."""
+def describe(
+    calibration: Calibration, start: Array, end: Array, error: Array, base: Array | None = None
+) -> tuple[BehaviorEffect, ...]:
+    """The records of the behaviours, with their values [R] at the ends of a path, at their own experts, and at the base where
+    the path does not start there.
+    """
     weights, rows = calibration.weights(), calibration.rows
-    own = {row.expert: weights @ calibration.losses(calibration.point(1.0, row.expert), row.expert) for row in rows}
+    owners = {row.expert for row in rows if not row.protected}
+    own = {name: weights @ calibration.losses(calibration.point(1.0, name), name) for name in sorted(owners)}
+    own[BASE] = start if base is None else base
     return tuple(
         BehaviorEffect(
             name=row.name,
@@ -158,6 +199,7 @@ def describe(calibration: Calibration, start: Array, end: Array, error: Array) -
             loss_start=float(start[r]),
             loss_end=float(end[r]),
             loss_expert=float(own[row.expert][r]),
+            loss_base=None if base is None else float(base[r]),
             completeness_error=float(error[r]),
             anchors=calibration.anchors_of(r),
         )
@@ -172,7 +214,7 @@ def _total(values: Mapping[str, Array], weights: Array) -> Array:
     return total
 
 
-def _statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[str, Array]:
+def statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[str, Array]:
     """Means, standard errors and the means of both halves from effects of single examples, [E, n, layers, units] each."""
     weights, halves = calibration.weights(), [calibration.weights(half) for half in (0, 1)]
     arrays: dict[str, Array] = {}

@@ -53,10 +53,16 @@ def free_memory(device: str = "cpu", root: Path = Path("/")) -> int:
         device: torch device.
         root: where `proc` and `sys` are.
     """
-    if device.startswith("cuda"):
+    kind = device.partition(":")[0]
+    if kind == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    if kind == "mps":
+        import torch
+
+        # Shared with the machine: what Metal recommends to use at most, less what it has given out.
+        return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 1)
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, ValueError):
         found.append(_fields(root / "proc/meminfo")["MemAvailable:"] * 1024)

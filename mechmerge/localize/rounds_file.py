@@ -1,7 +1,8 @@
 """The rounds file: coefficients that were settled in rounds of measuring where the decision is taken (localize/rounds.py).
 
-Tensors, float32: `<kind>.coefficient` [experts, layers, units], kind: head, kv, neuron; everything else of an expert has
-coefficient 1. One JSON document tells what each round proposed, predicted and got.
+Tensors, float32: `<kind>.coefficient` [experts, layers, units], kind: head, kv, neuron; everything else of an expert has the
+coefficient that the document's `rest` tells, or 1. One JSON document tells what each round proposed, predicted and got. A file
+of the method `solve` (localize/solving.py) is one whose rounds are solutions of a linear program, each measured.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
+from mechmerge.localize.effect_file import Linearity
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
 
@@ -21,7 +24,7 @@ Array = np.ndarray
 
 
 class RoundRecord(Document):
-    """One round."""
+    """One round: what was changed from the round before, or, of the method `solve`, from the sum."""
 
     proposed: int
     """Components whose sign at the current merge agrees on both halves and asks for a change."""
@@ -34,7 +37,24 @@ class RoundRecord(Document):
     gain: float
     """Weighted gain after the change: Σ weight × (base's loss − loss) / own gain."""
     accepted: bool
-    """False for the last round when the gain did not rise: its change was taken back."""
+    """False for the last round when the gain did not rise: its change was taken back; of two solutions, for the worse one."""
+
+
+class SolveRecord(Document):
+    """What a linear program was asked (localize/program.py), and what came of it."""
+
+    budget: float
+    """Share of each expert's head + kv + neuron parameters, 0 … 1."""
+    limits: dict[str, float]
+    """Most rise of a behaviour's loss above the base's, nats per answer token."""
+    worst_predicted: float
+    """Predicted retained gain of the worst-off behaviour, at the accepted solution."""
+    worst_realised: float
+    """The measured one."""
+    path: str
+    """The path of the effects that it was solved over first."""
+    linearity: Linearity | None
+    """How far their predictions come true, where that was measured."""
 
 
 class SettledBehavior(Document):
@@ -42,7 +62,7 @@ class SettledBehavior(Document):
 
     name: str
     expert: str
-    """The expert that answers for it."""
+    """The expert that answers for it; `base` where it is protected."""
     weight: float
     members: tuple[str, ...]
     digests: dict[str, str]
@@ -63,8 +83,14 @@ class RoundsMetadata(Document):
     schema_version: Literal[1] = 1
     kind: Literal["rounds"] = "rounds"
     base: ModelId
+    method: Literal["rounds", "solve"] = "rounds"
+    """How the coefficients were found."""
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' first dimension."""
+    rest: dict[str, float] = Field(default_factory=dict)
+    """Coefficient of everything else of an expert; 1 where none is told."""
+    solve: SolveRecord | None = None
+    """Of the method `solve`."""
     behaviors: tuple[SettledBehavior, ...]
     rounds: tuple[RoundRecord, ...]
     parameters: dict[str, int]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mechmerge.artifacts import Units
+from mechmerge.artifacts import Units, lock
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.behaviors.verifiers import check_verifier
 from mechmerge.errors import InputError, LocalizeError, PairError
@@ -26,7 +26,7 @@ from mechmerge.localize.stream import open_bench
 from mechmerge.models.components import SCORED_KINDS
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import align, check_pair
-from mechmerge.models.references import Model
+from mechmerge.models.references import Model, unchanged
 from mechmerge.progress import SILENT, Progress
 from mechmerge.versions import versions
 
@@ -82,7 +82,8 @@ def localize(
             found=str(settings.anchor_layer),
             fix="name a lower layer",
         )
-    return _Localizer(base, expert, out, settings, progress).run(behaviors)
+    with lock(out / ".lock", f"score files in {out}"):
+        return _Localizer(base, expert, out, settings, progress).run(behaviors)
 
 
 class _Localizer:
@@ -94,6 +95,7 @@ class _Localizer:
         self.behaviors: list[Behavior] = []
         self.checkpoint = expert.checkpoint()
         self.arch = base.checkpoint().arch
+        self.check = unchanged(base, expert)
 
     def bench(self) -> Bench:
         """The base, loaded once."""
@@ -113,7 +115,7 @@ class _Localizer:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        return Units(self.out / ".units", inputs)
+        return Units(self.out / ".units", inputs, self.check)
 
     def run(self, given: Sequence[Behavior]) -> list[Path]:
         """The score files of all behaviours."""
@@ -129,6 +131,7 @@ class _Localizer:
                 one = Localization(pair, behavior, whole, self.units(behavior))
                 file = one.by_anchor(finder, self.out / "anchors") if source == "anchor" else one.by_loss()
                 path = self.out / score_file(behavior.name, source)
+                self.check()
                 file.write(path)
                 paths.append(path)
         for behavior in behaviors:

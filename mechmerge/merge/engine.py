@@ -1,42 +1,33 @@
-"""Carries out a recipe through mergekit 0.1.5's planner and executor (https://github.com/arcee-ai/mergekit), in process.
+"""Carries out a recipe: by the direct writer where it is a sum of masked deltas, by mergekit where it is one of its methods.
 
-The YAML that is executed is the one that `recipe/emit.py` emits, for our method and for mergekit's own alike. What mergekit
-cannot be trusted with is done here: tensor names come from the checkpoints (its tables ask for buffers that today's
-GPT-NeoX checkpoints lack), tokenizer and generation settings are copied and compared, no card with local paths is
-written, and the folder appears under its final name only when it has been verified.
+What neither is trusted with is done here: tokenizer and generation settings are copied and compared, no card with local paths
+is written, and the folder appears under its final name only when it has been verified.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
-import yaml
-
-from mechmerge.artifacts import atomic_folder, to_yaml
+from mechmerge.artifacts import atomic_folder, lock, to_yaml
 from mechmerge.errors import InputError, PairError
-from mechmerge.merge.reference import merged_tensor
 from mechmerge.merge.verify import verify
+from mechmerge.merge.writer import write_weights
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.models.load import quiet
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, ModelId, find
-from mechmerge.progress import SILENT, Progress, track
-from mechmerge.recipe.coefficients import coefficients
+from mechmerge.progress import SILENT, Progress
+from mechmerge.recipe.coefficients import Coefficients, coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 
+Engine = Literal["auto", "direct", "mergekit"]
+"""`direct`: our writer, for recipes of coefficients; `mergekit`: its executor, for any; `auto`: direct where possible."""
 RECIPE_NAME = "recipe.yaml"
-SHARD_BYTES = 5_000_000_000
-"""Largest shard that is written."""
 
 
 def merge(
@@ -45,6 +36,9 @@ def merge(
     models: Mapping[str, Path] | None = None,
     progress: Progress = SILENT,
     expert: str | None = None,
+    *,
+    engine: Engine = "auto",
+    check: bool = True,
 ) -> None:
     """Merges: writes the model that a recipe describes to `out`, with the recipe and its masks beside the weights.
 
@@ -54,36 +48,76 @@ def merge(
         recipe_file: `recipe.yaml`, its masks beside it.
         out: the new model folder; it appears complete or not at all.
         models: folders by `base`, expert name, model name or digest; others are found where they were last resolved.
-        progress: told about tensors.
+        progress: told about what is written and verified.
         expert: merge only this expert of the recipe: base + c ⊙ (expert − base), for use with other tools.
+        engine: who computes.
+        check: whether the written model is verified (`merge/verify.py`) before it appears.
 
     Raises:
-        InputError: the recipe does not fit the models, or `out` holds something else.
+        InputError: the recipe does not fit the models or the engine, or `out` holds something else.
         PairError: a model cannot be merged with the base.
-        MissingError: a model is not on this machine.
+        MissingError: a model, or mergekit, is not on this machine.
+        MechmergeError: the written model is not what the recipe says.
     """
     recipe, masks = read_recipe(recipe_file)
     if expert is not None:
         recipe, masks = restrict(recipe, masks, expert)
+    direct = _is_direct(recipe, engine)
     if _done(recipe_file, recipe, masks, out, expert is not None):
         progress.note(f"{out} already holds the model of this recipe")
         return
-    base, experts = open_models(recipe, models or {})
+    # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
+    base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with atomic_folder(out) as partial:
-        if expert is not None:
-            recipe = write_recipe(partial / RECIPE_NAME, recipe, masks)
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
+        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+        recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
+        if direct and found is not None:
+            write_weights(base, experts, found, recipe.out_dtype, partial, progress)
         else:
-            shutil.copyfile(recipe_file, partial / RECIPE_NAME)
-            if recipe.masks is not None:
-                shutil.copyfile(recipe_file.with_name(recipe.masks.file), partial / recipe.masks.file)
-        paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-        text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
-        execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+            _through_mergekit(recipe, found, base, experts, partial, progress)
         _write_config(base, recipe.out_dtype, partial)
         copy_side_files(base.folder, partial)
-        formula = None if found is None else lambda name: merged_tensor(name, base, experts, found)
-        verify(partial, base, recipe.out_dtype, formula, progress)
+        if check:
+            verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+        for watch in watches:
+            watch.check()
+
+
+def _is_direct(recipe: Recipe, engine: Engine) -> bool:
+    if engine == "direct" and recipe.mergekit is not None:
+        raise InputError(
+            "engine direct",
+            expected="a recipe of coefficients",
+            found=f"the baseline {recipe.policy.name}",
+            fix="use --engine mergekit",
+        )
+    return engine != "mergekit" and recipe.mergekit is None
+
+
+def _through_mergekit(
+    recipe: Recipe,
+    found: Coefficients | None,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    partial: Path,
+    progress: Progress,
+) -> None:
+    from mechmerge.merge.executor import execute
+
+    paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
+    text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
+    execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+
+
+def keep_recipe(recipe_file: Path, recipe: Recipe, masks: Masks, folder: Path, *, restricted: bool) -> Recipe:
+    """Lays the recipe that is carried out beside what it makes: the file itself, or, `restricted`, that of one expert."""
+    if restricted:
+        return write_recipe(folder / RECIPE_NAME, recipe, masks)
+    shutil.copyfile(recipe_file, folder / RECIPE_NAME)
+    if recipe.masks is not None:
+        shutil.copyfile(recipe_file.with_name(recipe.masks.file), folder / recipe.masks.file)
+    return recipe
 
 
 def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:
@@ -127,8 +161,14 @@ def _done(recipe_file: Path, recipe: Recipe, masks: Masks, out: Path, restricted
     )
 
 
-def open_models(recipe: Recipe, models: Mapping[str, Path]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """Finds, checks and, where the recipe says so, aligns the models."""
+def open_models(recipe: Recipe, models: Mapping[str, Path], *, finite: bool = True) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """Finds, checks and, where the recipe says so, aligns the models.
+
+    Args:
+        recipe: names them.
+        models: folders, as for `merge`.
+        finite: whether all their weights are read and must be finite.
+    """
     known = {"base", recipe.base.name, recipe.base.digest}
     for name, entry in recipe.experts.items():
         known |= {name, entry.model.name, entry.model.digest}
@@ -145,91 +185,13 @@ def open_models(recipe: Recipe, models: Mapping[str, Path]) -> tuple[Checkpoint,
         experts[name].check_complete()
         if experts[name].folder == opened.folder:
             raise PairError(f"expert {name}", expected="another model than the base", found="the base itself")
-        check_pair(opened, experts[name], positions=recipe.positions)
+        check_pair(opened, experts[name], positions=recipe.positions, finite=finite)
     return opened, experts
 
 
 def _find(model: ModelId, name: str, models: Mapping[str, Path]) -> Path:
     given = next((models[key] for key in (name, model.name, model.digest) if key in models), None)
     return find(model, {} if given is None else {model.digest: given}).resolve()
-
-
-def execute(text: str, base: Checkpoint, experts: list[Checkpoint], out: Path, seed: int | None, progress: Progress) -> None:
-    """Runs mergekit YAML with mergekit's planner and executor; writes the shards into `out`.
-
-    Args:
-        text: the YAML; its models are local folders.
-        base: the base, whose tensors are all written and no others.
-        experts: the other models.
-        out: folder for the shards.
-        seed: of torch's generator, for methods that draw at random (tensors are drawn in the order of their names).
-        progress: told about tensors.
-    """
-    with _quiet_mergekit():
-        from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
-        from mergekit.config import MergeConfiguration
-        from mergekit.graph import Executor
-        from mergekit.io.tasks import LoaderCache, SaveTensor
-        from mergekit.merge import MergeOptions
-        from mergekit.plan import MergePlanner
-
-        import mechmerge.merge.method  # noqa: F401 - registers our method
-
-        aliases = {
-            name: tuple(sorted({c.stored[name] for c in (base, *experts)} - {name})) or None for name in sorted(base.entries)
-        }
-
-        class Tensors(ModuleArchitecture):  # type: ignore[misc]
-            """All tensors of the checkpoint, none of them repeated by layer."""
-
-            def pre_weights(self, config: Any) -> list[Any]:
-                return [WeightInfo(name=name, aliases=names) for name, names in aliases.items()]
-
-            def post_weights(self, config: Any) -> list[Any]:
-                return []
-
-            def layer_weights(self, index: int, config: Any) -> list[Any]:
-                return []
-
-            def num_layers(self, config: Any) -> int:
-                return 0
-
-        architecture = ModelArchitecture(
-            modules={"default": ModuleDefinition(architecture=Tensors())}, architectures=[], model_type=""
-        )
-        configuration = MergeConfiguration.model_validate(yaml.safe_load(text))
-        options = MergeOptions(
-            quiet=True, write_model_card=False, copy_tokenizer=False, out_shard_size=SHARD_BYTES, device="cpu"
-        )
-        # mergekit keeps loaders by path for the life of the process: a folder replaced meanwhile would be read as it was.
-        LoaderCache.loaders.clear()
-        try:
-            LoaderCache().setup(options=options)
-            config = configuration.base_model.config(trust_remote_code=False)
-            targets = MergePlanner(configuration, architecture, options, config).plan_to_disk(out_path=str(out))
-            count = sum(isinstance(target, SaveTensor) for target in targets)
-            with torch.random.fork_rng(devices=[]):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                done = Executor(targets, math_device="cpu", storage_device="cpu").run(quiet=True)
-                for _ in track((task for task, _ in done if isinstance(task, SaveTensor)), "merging", count, progress):
-                    pass
-        finally:
-            LoaderCache.loaders.clear()
-
-
-@contextlib.contextmanager
-def _quiet_mergekit() -> Iterator[None]:
-    """Keeps mergekit's log and the warnings of its imports off the terminal; its errors are exceptions all the same."""
-    log = logging.getLogger("mergekit")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        log.setLevel(before)
 
 
 def _write_config(base: Checkpoint, out_dtype: str, folder: Path) -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from mechmerge.errors import MechmergeError
+from mechmerge.merge.delta import summed_delta
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of, tensor_coefficient
+from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of
 from mechmerge.recipe.emit import METHOD
 from mechmerge.recipe.schema import read_recipe
 
@@ -43,17 +44,7 @@ def masked(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
         raise MechmergeError(METHOD, expected="a base and a named tensor", found=str(name))
     found, owners, order = _plan(recipe, str(base.id.model.path))
     by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
-    total = None
-    for which in order:
-        delta = by_expert[which] - base.tensor
-        dim, values = tensor_coefficient(name, tuple(delta.shape), owners[name], found, which)
-        shape = [1] * delta.dim()
-        if dim is not None:
-            shape[dim] = -1
-        delta *= torch.from_numpy(values.copy()).to(delta.device).reshape(shape)
-        total = delta if total is None else total.add_(delta)
-    if total is None:
-        raise MechmergeError(METHOD, expected="experts", found="none")
+    total = summed_delta(name, base.tensor, {which: by_expert[which] for which in order}, owners[name], found)
     merged: torch.Tensor = total.add_(base.tensor)
     return merged
 

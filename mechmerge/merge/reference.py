@@ -1,8 +1,9 @@
-"""The formula of a recipe, written out plainly: what the executor's tensors are verified and tested against.
+"""The formula of a recipe, written out plainly: what both engines' tensors are verified and tested against.
 
     merged = base + Σ over experts, in the recipe's order, of c ⊙ (expert − base)
 
-in float32, with c written element by element, component after component.
+in float32, with c written element by element, component after component. The direct writer differs in two points: it copies
+where there is nothing to sum, and it leaves out experts whose coefficient is 0, which may change the sign of a zero.
 """
 
 from __future__ import annotations
@@ -46,3 +47,21 @@ def merged_tensor(name: str, base: Checkpoint, experts: Mapping[str, Checkpoint]
         for expert, checkpoint in experts.items()
     ]
     return start + functools.reduce(torch.add, parts)
+
+
+def direct_tensor(
+    name: str, base: Checkpoint, experts: Mapping[str, Checkpoint], found: Coefficients, dtype: torch.dtype
+) -> torch.Tensor:
+    """One merged tensor of the direct writer, in the output dtype; arguments as for `merged_tensor`."""
+    start = base.tensor(name)
+    values = {expert: checkpoint.tensor(name) for expert, checkpoint in experts.items()}
+    shares = {expert: coefficient_tensor(name, base, found, expert) for expert in experts}
+    entering = torch.stack([share != 0 for share in shares.values()]).sum(0)
+    # −0.0 is what can be added without changing a bit: not even +0.0 is.
+    parts = [
+        torch.where(share != 0, share * (values[expert].float() - start.float()), -0.0) for expert, share in shares.items()
+    ]
+    merged = (start.float() + functools.reduce(torch.add, parts)).to(dtype)
+    for expert, share in shares.items():
+        merged = torch.where((share == 1) & (entering == 1), values[expert].float().to(dtype), merged)
+    return torch.where(entering == 0, start.float().to(dtype), merged)

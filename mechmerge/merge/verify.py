@@ -1,42 +1,74 @@
-"""Verification of a written model: mergekit logs some failures and goes on, so nothing is believed."""
+"""Verification of a written model: every tensor is accounted for, and nothing is believed (mergekit logs some failures and goes
+on).
+
+It reads the written weights once and the base's once. The expensive part, the formula computed anew by its plain twin, is kept
+to the first and the last layer and the final norm; everywhere else it is checked that what no expert touches is the base's,
+value for value (which is stronger than equal digests), that what one expert alone gives is that expert's where the direct
+writer wrote it, and that everything is finite.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import CheckpointError, MechmergeError
+from mechmerge.merge.arithmetic import as_run, is_finite, take
+from mechmerge.merge.cuts import copied_from, cut_of
+from mechmerge.merge.mapped import Mapped
+from mechmerge.merge.reference import direct_tensor, merged_tensor
 from mechmerge.models.adapters import SIDE_FILES
-from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.models.load import quiet, torch_dtype
+from mechmerge.models.checkpoint import Checkpoint, metadata_of
+from mechmerge.models.load import empty_model, quiet, torch_dtype
+from mechmerge.models.pair import token_ids
 from mechmerge.progress import SILENT, Progress, track
+from mechmerge.recipe.coefficients import Coefficients
 
-Expected = Callable[[str], torch.Tensor]
-"""The tensor that should have been written under a name, in float32."""
+STEP = 1 << 22
+"""Elements that are looked at at a time."""
+
+
+class Accounted(NamedTuple):
+    """What verification found: tensors that are the base's (as the output dtype holds it), and tensors with other values."""
+
+    equal: int
+    changed: int
 
 
 def verify(
-    folder: Path, base: Checkpoint, out_dtype: str, expected: Expected | None = None, progress: Progress = SILENT
-) -> None:
+    folder: Path,
+    base: Checkpoint,
+    out_dtype: str,
+    experts: Mapping[str, Checkpoint] | None = None,
+    found: Coefficients | None = None,
+    *,
+    direct: bool = False,
+    progress: Progress = SILENT,
+) -> Accounted:
     """Checks a merged model against its base and its recipe.
 
     Every tensor of the base is there with its shape, in the output dtype and finite, and no other; the tied head is not a
-    second tensor; tokenizer, chat template and generation settings are the base's, byte for byte; transformers builds the
-    model and finds all its parameters; and the tensors of the first and last layer and the final norm are those that the
-    formula gives.
+    second tensor; what no expert enters is the base's; the tensors of the first and last layer and the final norm are those
+    that the formula gives; tokenizer, chat template and generation settings are the base's, byte for byte, and every token has
+    a row; positions (RoPE, context) are the base's; transformers builds the model, finds all its parameters, and generates.
 
     Args:
         folder: the written model.
         base: the base that it must look like.
         out_dtype: `float32`, `bfloat16` or `float16`.
-        expected: the plain formula (None for a baseline of mergekit's own).
+        experts: in the recipe's order.
+        found: the recipe's coefficients (None for a baseline of mergekit's own).
+        direct: whether the direct writer wrote it, which copies where mergekit computes.
         progress: told about tensors.
 
     Raises:
-        MechmergeError: naming what is not right. It is never the user's fault.
+        MechmergeError: naming what is not right. It is never the user's fault, but for a coefficient that is too large.
+        CheckpointError: a parent's weights are not finite, or its tokenizer has tokens without a row.
     """
     merged = Checkpoint(folder)
     merged.check_complete()
@@ -45,27 +77,75 @@ def verify(
         raise MechmergeError(
             f"merged model {folder}", expected="the base's tensors and shapes", found=f"a difference in {odd[0][0]}"
         )
-    dtype = torch_dtype(out_dtype)
-    sample = _sample(base)
-    for name, tensor in track(merged.tensors(), "verifying the merged model", len(merged.entries), progress):
-        where = f"merged model {folder}: {name}"
-        if tensor.dtype != dtype:
-            raise MechmergeError(where, expected=out_dtype, found=str(tensor.dtype))
-        if not bool(torch.isfinite(tensor).all()):
-            raise MechmergeError(
-                where,
-                expected="finite weights",
-                found="NaN or infinite ones",
-                fix="a coefficient may be too large for the dtype",
-            )
-        if expected is not None and name in sample and not torch.equal(tensor, expected(name).to(dtype)):
-            raise MechmergeError(where, expected="what the recipe's formula gives", found="other values")
-    for pattern in SIDE_FILES:
-        for file in base.folder.glob(pattern):
-            copy = folder / file.name
-            if not copy.is_file() or copy.read_bytes() != file.read_bytes():
-                raise MechmergeError(f"merged model {folder}", expected=f"the base's {file.name}", found="none or another")
+    given, sample, equal = dict(experts or {}), _sample(base), 0
+    with Mapped(merged) as ours, Mapped(base) as one:
+        others = {name: Mapped(expert) for name, expert in given.items()}
+        for name in track(sorted(merged.entries), "verifying the merged model", len(merged.entries), progress):
+            where = f"merged model {folder}: {name}"
+            if ours.dtype(name) != torch_dtype(out_dtype):
+                raise MechmergeError(where, expected=out_dtype, found=str(ours.dtype(name)))
+            _check_finite(name, ours, [one, *others.values()], where)
+            if found is not None:
+                equal += _account(name, ours, one, others, found, direct, where)
+            else:
+                equal += all(torch.equal(a, b) for a, b in _steps(ours.matrix(name), one.matrix(name)))
+            if found is not None and name in sample:
+                expected = (
+                    direct_tensor(name, base, given, found, torch_dtype(out_dtype))
+                    if direct
+                    else merged_tensor(name, base, given, found).to(torch_dtype(out_dtype))
+                )
+                if not torch.equal(merged.tensor(name), expected):
+                    raise MechmergeError(where, expected="what the recipe's formula gives", found="other values")
+        for other in others.values():
+            other.__exit__(None, None, None)
+    _check_sides(merged, base)
     check_loads(merged)
+    check_generates(merged)
+    return Accounted(equal, len(merged.entries) - equal)
+
+
+def _steps(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The same rows of some matrices, a few at a time, in the first one's dtype."""
+    rows, columns = tensors[0].shape
+    step, dtype = max(1, STEP // max(columns, 1)), tensors[0].dtype
+    return [
+        tuple(t[first : first + step] if t.dtype == dtype else t[first : first + step].float().to(dtype) for t in tensors)
+        for first in range(0, rows, step)
+    ]
+
+
+def _check_finite(name: str, ours: Mapped, parents: list[Mapped], where: str) -> None:
+    if is_finite(ours.matrix(name)):
+        return
+    for parent in parents:
+        if not is_finite(parent.matrix(name)):
+            raise CheckpointError(
+                f"{parent.checkpoint.folder}: {name}", expected="finite weights", found="NaN or infinite values"
+            )
+    raise MechmergeError(
+        where, expected="finite weights", found="NaN or infinite ones", fix="a coefficient may be too large for the dtype"
+    )
+
+
+def _account(
+    name: str, ours: Mapped, one: Mapped, others: Mapping[str, Mapped], found: Coefficients, direct: bool, where: str
+) -> bool:
+    """Checks the parts of a tensor that must be a parent's own; returns whether all of it is the base's."""
+    base = one.checkpoint
+    cut = cut_of(name, base.shapes[name], base.layout.owners()[name], found, list(others))
+    who = copied_from(cut.values)
+    for k, (label, parent) in enumerate([("the base", one), *((f"expert {n}", expert) for n, expert in others.items())], -1):
+        index = np.flatnonzero(who == k)
+        if not index.size or (k >= 0 and not direct):
+            continue
+        step = max(1, STEP // max(cut.columns if cut.dim == 0 else cut.rows, 1))
+        for first in range(0, index.size, step):
+            part = as_run(index[first : first + step])
+            written, given = take(ours.matrix(name), part, cut.dim), take(parent.matrix(name), part, cut.dim)
+            if not torch.equal(written, given if given.dtype == written.dtype else given.float().to(written.dtype)):
+                raise MechmergeError(where, expected=f"{label}'s values where the recipe takes them", found="other values")
+    return cut.untouched
 
 
 def _sample(base: Checkpoint) -> set[str]:
@@ -77,6 +157,25 @@ def _sample(base: Checkpoint) -> set[str]:
         if layer in layers or kind == "final_norm"
         for block in layout.blocks(layer, kind)
     }
+
+
+def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
+    folder = merged.folder
+    for pattern in SIDE_FILES:
+        for file in base.folder.glob(pattern):
+            copy = folder / file.name
+            if not copy.is_file() or copy.read_bytes() != file.read_bytes():
+                raise MechmergeError(f"merged model {folder}", expected=f"the base's {file.name}", found="none or another")
+    mine, theirs = metadata_of(merged.config), metadata_of(base.config)
+    if mine != theirs:
+        key = next(k for k in theirs if mine[k] != theirs[k])
+        raise MechmergeError(f"merged model {folder}", expected=f"{key} = {theirs[key]}", found=str(mine[key]))
+    tokens = token_ids(folder)
+    last = max(tokens.values(), default=0) if tokens else 0
+    if last >= merged.arch.vocabulary:
+        raise CheckpointError(
+            f"{base.folder}: tokenizer.json", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
+        )
 
 
 def check_loads(merged: Checkpoint) -> None:
@@ -99,3 +198,28 @@ def check_loads(merged: Checkpoint) -> None:
         )
     if json.loads((merged.folder / "config.json").read_text("utf-8")).get("model_type") != config.model_type:
         raise MechmergeError(f"merged model {merged.folder}", expected="its config to load", found=str(config.model_type))
+
+
+def check_generates(merged: Checkpoint, tokens: int = 2) -> None:
+    """Lets transformers generate a few tokens from the written weights, mapped: they take no memory of their own.
+
+    Raises:
+        MechmergeError: it does not, or the scores are not finite.
+    """
+    model = empty_model(merged.folder, str(merged.config["dtype"]))
+    family = merged.arch.family
+    with Mapped(merged) as weights, torch.no_grad():
+        for name in merged.entries:
+            module, _, own = name.rpartition(".")
+            holder = model.get_submodule(module if hasattr(model, module.split(".")[0]) else family.loaded_head)
+            values = weights.matrix(name).reshape(merged.shapes[name])
+            getattr(holder, own).data = values
+        prompt = torch.tensor([[min(1, merged.arch.vocabulary - 1)] * 2])
+        with quiet():
+            scores = model(prompt).logits
+            answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                    min_new_tokens=tokens, max_new_tokens=tokens)  # fmt: skip
+    if not bool(torch.isfinite(scores).all()) or answer.shape != (1, 2 + tokens):
+        raise MechmergeError(
+            f"merged model {merged.folder}", expected=f"{tokens} generated tokens from finite scores", found="others"
+        )

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mechmerge.artifacts import atomic_folder, digest, lock, sha256_file
-from mechmerge.errors import CheckpointError, PairError
-from mechmerge.models.cache import cache_folder
+from mechmerge.artifacts import Watch, atomic_folder, digest, lock, sha256_file
+from mechmerge.errors import CheckpointError, MechmergeError, MissingError, PairError, machine_error
+from mechmerge.models.cache import cache_folder, hold
+from mechmerge.models.checkpoint import SIDE_FILES as SIDE_FILES
 from mechmerge.models.checkpoint import Checkpoint, read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
-              "generation_config.json")  # fmt: skip
-"""Files beside the weights that make a model folder usable."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -37,8 +37,34 @@ def adapter_digests(adapter: Path) -> dict[str, str]:
     if not (adapter / WEIGHTS).exists():
         found = "the pickle adapter_model.bin" if (adapter / "adapter_model.bin").exists() else "none"
         raise CheckpointError(str(adapter), expected=WEIGHTS, found=found, fix="save the adapter as safetensors")
-    read_header(adapter / WEIGHTS)
+    _check_config(adapter, read_header(adapter / WEIGHTS))
     return {name: sha256_file(adapter / name) for name in (CONFIG, WEIGHTS)}
+
+
+def _check_config(adapter: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
+    """The adapter's config says what its weights are: nothing is made by its word that they do not hold."""
+    path = adapter / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(path), expected="valid JSON", found=str(error)) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(str(path), expected="a JSON object", found=type(config).__name__)
+    if config.get("peft_type", "LORA") != "LORA":
+        return  # peft says whether it can merge it
+    if config.get("layer_replication"):
+        raise CheckpointError(
+            str(path),
+            expected="an adapter of the base's own layers",
+            found="layer_replication",
+            fix="merge it with its own tool",
+        )
+    patterns = config.get("rank_pattern") or {}
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    largest = max((max(entry["shape"], default=0) for name, entry in header.items() if "lora_" in name), default=0)
+    for rank in ranks:
+        if type(rank) is not int or not 0 < rank <= largest:
+            raise CheckpointError(str(path), expected=f"a rank of 1 … {largest}, as its weights have", found=repr(rank))
 
 
 def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path:
@@ -48,17 +74,20 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
         CheckpointError: the adapter cannot be read.
         PairError: the adapter is not for this base, or is of a kind that peft cannot merge.
     """
-    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": adapter_digests(adapter)})[:32]
+    own = adapter_digests(adapter)
+    watches = [Checkpoint(base).watch(base_digests), Watch(adapter / name for name in own)]
+    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
     folder = cache_folder() / "materialised" / key
+    hold(folder)
     if folder.exists():
         return folder
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
         if not folder.exists():
-            _merge(base, adapter, folder)
+            _merge(base, adapter, folder, watches)
     return folder
 
 
-def _merge(base: Path, adapter: Path, folder: Path) -> None:
+def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> None:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -74,19 +103,26 @@ def _merge(base: Path, adapter: Path, folder: Path) -> None:
             if missing:
                 raise PairError(str(adapter), expected=f"an adapter for {base.name}", found=f"other modules ({missing[0]})")
             merged = model.merge_and_unload(safe_merge=False)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except MechmergeError:
+        raise
+    except Exception as error:
+        # peft raises whatever its configuration makes it do; errors of the machine pass.
+        if isinstance(machine_error(error), MissingError):
+            raise
         raise PairError(str(adapter), expected=f"a peft adapter that merges into {base}", found=str(error)) from None
     state = merged.state_dict()
     with atomic_folder(folder) as partial:
         tensors = {}
         for name in sorted(checkpoint.entries):
-            stored = checkpoint.tensor(name)
-            if name not in state or state[name].shape != stored.shape:
+            stored, loaded = checkpoint.tensor(name), checkpoint.arch.family.loaded_name(name)
+            if loaded not in state or state[loaded].shape != stored.shape:
                 raise PairError(str(adapter), expected=f"{name} of shape {tuple(stored.shape)}", found="none after merging")
-            tensors[checkpoint.stored[name]] = state[name].to(stored.dtype).contiguous()
+            tensors[checkpoint.stored[name]] = state[loaded].to(stored.dtype).contiguous()
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base, partial)
+        for watch in watches:
+            watch.check()
 
 
 def side_digest(folder: Path) -> str:

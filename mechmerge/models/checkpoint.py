@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.artifacts import sha256_file
-from mechmerge.errors import CheckpointError
+from mechmerge.artifacts import Watch
+from mechmerge.errors import CheckpointError, machine_error
 from mechmerge.models.components import Block, Layout
+from mechmerge.models.digests import file_digest
 from mechmerge.models.families import Architecture, architecture
 
 if TYPE_CHECKING:
@@ -22,12 +23,21 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 100_000_000
 """Largest header that safetensors itself accepts, in bytes."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
+UNQUANTISED = "name the unquantised model that it was made from: packed weights cannot be patched or added to"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
+              "generation_config.json")  # fmt: skip
+"""Files beside the weights that make a model folder usable."""
+_WATCHED: dict[Path, tuple[dict[str, str], Watch]] = {}
+"""Folder → digests of its shards, and a watch on its files that began when they were taken."""
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file, checked against the file's size (no tensor is read).
+
+    Returns:
+        By tensor: `dtype`, `shape`, `data_offsets` as stored, `start` (its first byte's place in the file) and `bytes`.
 
     Raises:
         CheckpointError: a Git-LFS pointer, a truncated file, or no safetensors file at all.
@@ -46,9 +56,11 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise CheckpointError(where, expected="a safetensors file", found=f"{size} bytes without a valid header")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + max((_whole(entry["data_offsets"][1]) for entry in header.values()), default=0)
         for entry in header.values():
-            entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            entry["dtype"], entry["shape"] = str(entry["dtype"]), tuple(_whole(n) for n in entry["shape"])
+            entry["start"] = 8 + length + _whole(entry["data_offsets"][0])
+            entry["bytes"] = _whole(entry["data_offsets"][1]) - _whole(entry["data_offsets"][0])
     except OSError as error:
         raise CheckpointError(where, expected="a readable file", found=str(error)) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -57,6 +69,12 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         problem = "truncated" if size < end else "too long"
         raise CheckpointError(where, expected=f"{end} bytes", found=f"{size} ({problem})", fix="download it again")
     return dict(header)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
 
 
 class Checkpoint:
@@ -73,14 +91,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = self._read_json("config.json")
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
+        if method := quantised(self.config, folder):
             raise CheckpointError(
-                str(folder),
-                expected="full-precision weights",
-                found=f"quantised ones ({method})",
-                fix="name the unquantised model",
+                str(folder), expected="full-precision weights", found=f"quantised ones ({method})", fix=UNQUANTISED
             )
         self.arch: Architecture = architecture(self.config, str(folder / "config.json"))
         self.files: dict[str, str] = {}
@@ -97,7 +110,7 @@ class Checkpoint:
                     f"{folder}: {tensor}",
                     expected="floating-point weights",
                     found=entry["dtype"],
-                    fix="name the unquantised model",
+                    fix=UNQUANTISED,
                 )
         self._normalise_names()
         self._drop_tied_head()
@@ -111,7 +124,7 @@ class Checkpoint:
             value = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise CheckpointError(str(self.folder), expected=f"a model folder with {name}", found="none") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(str(path), expected="valid JSON", found=str(error)) from None
         if not isinstance(value, dict):
             raise CheckpointError(str(path), expected="a JSON object", found=type(value).__name__)
@@ -133,6 +146,11 @@ class Checkpoint:
                 if not (self.folder / name).exists():
                     raise CheckpointError(str(self.folder), expected=f"the shard {name}", found="none", fix="download it again")
             return names
+        gguf = sorted(path.name for path in self.folder.glob("*.gguf"))
+        if gguf:
+            raise CheckpointError(
+                str(self.folder), expected=SINGLE, found=f"the quantised file {gguf[0]} (GGUF)", fix=UNQUANTISED
+            )
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
         if pickles:
             raise CheckpointError(
@@ -146,7 +164,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if (self.folder / SINGLE).exists():
             return
-        weight_map = self._read_json(INDEX)["weight_map"]
+        weight_map: dict[str, Any] = self._read_json(INDEX)["weight_map"]
         for tensor, name in weight_map.items():
             if self.files.get(tensor) != name:
                 raise CheckpointError(
@@ -196,11 +214,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor, in its stored dtype."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         stored = self.stored[name]
-        with safe_open(self.folder / self.files[stored], framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(stored)
+        path = self.folder / self.files[stored]
+        try:
+            with safe_open(path, framework="pt") as handle:
+                tensor: torch.Tensor = handle.get_tensor(stored)
+        except FileNotFoundError:
+            raise CheckpointError(str(path), expected="the file that was there when this began", found="nothing") from None
+        except SafetensorError as error:
+            if machine_error(error) is not None:
+                raise
+            raise CheckpointError(f"{path}: {stored}", expected="a tensor that can be read", found=str(error)) from None
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -210,7 +236,22 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """sha256 of every shard, by file name."""
-        return {name: sha256_file(self.folder / name) for name in sorted(set(self.files.values()))}
+        names = sorted(set(self.files.values()))
+        watch = _watch(self.folder, names)
+        found = {name: file_digest(self.folder / name) for name in names}
+        _WATCHED[self.folder] = (found, watch)
+        return found
+
+    def watch(self, digests: Mapping[str, str] | None = None) -> Watch:
+        """The watch on the model's files that began when its digests were last taken in this process (else it begins now).
+
+        Args:
+            digests: what they must have been; where they were others the watch begins now.
+        """
+        known, watch = _WATCHED.get(self.folder, ({}, None))
+        if watch is None or (digests is not None and digests != known):
+            return _watch(self.folder, set(self.files.values()))
+        return watch
 
     def check_complete(self) -> None:
         """Every parameter is owned by a component, and every module the family needs is there with the config's sizes.
@@ -218,6 +259,12 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor that no component owns, one that is missing, or one of another size.
         """
+        # Before anything is listed by layer: a config may say a billion of them.
+        if self.arch.layers > len(self.entries):
+            raise CheckpointError(
+                f"{self.folder}: config.json", expected=f"no more layers than tensors ({len(self.entries)})",
+                found=str(self.arch.layers),
+            )  # fmt: skip
         owners = self.layout.owners()
         for name in sorted(self.entries):
             if name not in owners:
@@ -241,6 +288,8 @@ class Checkpoint:
                 expected[1 - cut] = arch.hidden
         elif name in (f"{arch.family.embed[0]}.weight", f"{arch.family.head}.weight"):
             expected = {0: arch.vocabulary, 1: arch.hidden}
+        elif name in (f"{module}.weight" for module in arch.family.embed[1:]):
+            expected = {0: metadata_of(self.config)["context"], 1: arch.hidden}
         else:
             return
         if len(shape) != len(expected) or any(shape[dim] != size for dim, size in expected.items()):
@@ -258,6 +307,23 @@ class Checkpoint:
         for name, tensor in self.tensors():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{self.folder}: {name}", expected="finite weights", found="NaN or infinite values")
+
+
+def quantised(config: Mapping[str, Any], folder: Path) -> str | None:
+    """How a model is quantised, by its config or by the file that AutoGPTQ and AutoAWQ write beside it; None where it is not."""
+    own = config.get("quantization_config") or config.get("compression_config")
+    if own:
+        found = own if isinstance(own, Mapping) else {"quant_method": own}
+        four = "bitsandbytes, 4 bits" if found.get("load_in_4bit") else None
+        eight = "bitsandbytes, 8 bits" if found.get("load_in_8bit") else None
+        return str(found.get("quant_method") or four or eight or "by an unnamed method")
+    beside = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+    return next((method for name, method in beside.items() if (folder / name).is_file()), None)
+
+
+def _watch(folder: Path, shards: Iterable[str]) -> Watch:
+    sides = (file for pattern in ("config.json", INDEX, *SIDE_FILES) for file in folder.glob(pattern) if file.is_file())
+    return Watch([*(folder / name for name in shards), *sides])
 
 
 def required_tensors(arch: Architecture) -> Iterator[str]:

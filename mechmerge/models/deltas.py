@@ -51,3 +51,29 @@ def delta_norms(base: Checkpoint, expert: Checkpoint) -> dict[str, Any]:
 def unit_parameters(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters of one head, one KV group and one neuron (the same in every layer of these families)."""
     return {kind: checkpoint.layout.unit_parameters(0, kind, checkpoint.shapes) for kind in UNIT_KINDS}
+
+
+def delta_by_depth(base: Checkpoint, expert: Checkpoint) -> list[dict[str, Any]]:
+    """Where two checkpoints differ: one row a layer and one for each of embed, final_norm and lm_head.
+
+    Each row holds `where`, and for every part there is (`attention`, `mlp`, `norms`; `all` outside the layers) the Frobenius
+    norm of expert − base over that of the base: 0 is no difference. `changed` counts tensors with any difference, of `tensors`.
+    """
+    squares: dict[tuple[str, str], list[float]] = {}
+    counts: dict[str, list[int]] = {}
+    for name, owned in base.layout.owners().items():
+        layer, kind, _ = owned[0]
+        where = kind if layer < 0 else f"L{layer}"
+        part = "all" if layer < 0 else next((coarse for coarse in ("attention", "mlp") if kind in PARTS[coarse]), "norms")
+        delta = delta_of(base, expert, name)
+        sums = squares.setdefault((where, part), [0.0, 0.0])
+        sums[0] += 0.0 if delta is None else float(delta.double().square().sum())
+        sums[1] += float(base.tensor(name).double().square().sum())
+        count = counts.setdefault(where, [0, 0])
+        count[0] += delta is not None
+        count[1] += 1
+    rows = []
+    for where, (changed, tensors) in counts.items():
+        parts = {part: (d / b) ** 0.5 if b else d**0.5 for (place, part), (d, b) in squares.items() if place == where}
+        rows.append({"where": where, **parts, "changed": changed, "tensors": tensors})
+    return rows

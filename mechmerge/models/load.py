@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmerge.errors import CheckpointError, InputError
+from mechmerge.errors import CheckpointError, InputError, MechmergeError, MissingError, machine_error
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,26 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _loading(folder: Path, expected: str) -> Iterator[None]:
+    """What libraries raise over files that someone else wrote, as an error about the folder.
+
+    They raise whatever their parsers raise, panics of Rust included, which are no `Exception`. Errors of the machine pass.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, MechmergeError) or not (isinstance(error, Exception) or is_panic):
+            raise
+        found, trouble = str(error), machine_error(error)
+        if isinstance(trouble, MissingError) or "out of memory" in found or "can't allocate" in found:
+            raise
+        if not isinstance(error, OSError | ValueError | KeyError):
+            found = f"{type(error).__name__}: {found}"
+        raise CheckpointError(str(folder), expected=expected, found=found) from None
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """`float32`, `bfloat16` or `float16` as a torch dtype."""
     import torch
@@ -51,13 +71,10 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
     from transformers import AutoModelForCausalLM
 
     _check_device(device)
-    with quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(str(folder), expected="a model that transformers loads", found=str(error)) from None
+    with quiet(), _loading(folder, "a model that transformers loads"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -80,13 +97,11 @@ def empty_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> An
     _check_device(device)
     handle = register_module_parameter_registration_hook(to_meta)
     try:
-        with quiet():
+        with quiet(), _loading(folder, "a model that transformers loads"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False)
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(str(folder), expected="a model that transformers loads", found=str(error)) from None
     finally:
         handle.remove()
     nan = torch.full((), torch.nan, dtype=torch_dtype(dtype), device=device)
@@ -113,14 +128,11 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(str(folder), expected="a tokenizer", found=str(error)) from None
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise CheckpointError(str(folder), expected="a tokenizer with a padding or end token", found="neither")
-        tokenizer.pad_token = tokenizer.eos_token
+    with quiet(), _loading(folder, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise CheckpointError(str(folder), expected="a tokenizer with a padding or end token", found="neither")
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -7,15 +7,16 @@ same token is used, tokens that only the expert has are dropped, and tokens that
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from mechmerge.artifacts import atomic_folder, digest, lock
 from mechmerge.errors import CheckpointError, PairError
 from mechmerge.models.adapters import copy_side_files
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.checkpoint import Checkpoint, metadata_of
-from mechmerge.models.references import Model, ModelId
+from mechmerge.models.references import Model, ModelId, unchanged
 
 VocabularyRule = Literal["same", "base"]
 """`same`: other vocabularies are refused; `base`: aligned to the base's by token string."""
@@ -74,7 +75,9 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         vocabulary = parsed["model"]["vocab"]
         ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
         ids.update({token["content"]: token["id"] for token in parsed.get("added_tokens", [])})
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
+            raise ValueError(f"{odd[0]!r} has no number")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
     return ids
 
@@ -106,13 +109,16 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
         raise PairError(str(expert.path), expected="tokenizer.json in both models to align their rows", found="none")
     key = digest({"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides})[:32]
     folder = cache_folder() / "aligned" / key
-    with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
-        if not folder.exists():
-            _write_aligned(one, other, {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}, folder)
+    hold(folder)
+    if not folder.exists():
+        with lock(folder.with_suffix(".lock"), f"cache entry {folder.name}"):
+            if not folder.exists():
+                rows = {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}
+                _write_aligned(one, other, rows, folder, unchanged(base, expert))
     return Model(id=ModelId(name=expert.id.name, revision=expert.id.revision, shards=Checkpoint(folder).digests()), path=folder)
 
 
-def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], folder: Path) -> None:
+def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], folder: Path, check: Callable[[], None]) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -132,3 +138,4 @@ def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], f
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         copy_side_files(base.folder, partial)
+        check()

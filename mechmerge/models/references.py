@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
@@ -17,8 +18,8 @@ from pydantic import Field
 from mechmerge.artifacts import Document, digest, write_json
 from mechmerge.errors import CheckpointError, InputError, MissingError
 from mechmerge.models.adapters import adapter_digests, is_adapter, materialise, side_digest
-from mechmerge.models.cache import cache_folder
-from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.cache import cache_folder, hold_if_cached
+from mechmerge.models.checkpoint import UNQUANTISED, Checkpoint
 from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
 from mechmerge.models.hub_errors import quiet_hub
@@ -34,7 +35,7 @@ class ModelId(Document):
 
     name: str
     """The reference without local folders: `demo:…`, `owner/name`, a folder's own name, each with its `+adapter`."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./+-]*$")
     """The commit on the Hub, where the reference has one."""
     shards: dict[str, str] = Field(default_factory=dict)
     """sha256 of every weight file, by file name."""
@@ -90,11 +91,26 @@ def resolve(reference: str, *, relative_to: Path | None = None, progress: Progre
         path, name, pinned = _folder(reference, relative_to, progress)
         if is_adapter(path):
             raise CheckpointError(str(path), expected="a model", found="an adapter", fix=f"name it as BASE+{reference}")
+    hold_if_cached(path)
     checkpoint = Checkpoint(path)
     checkpoint.check_complete()
     model = Model(id=ModelId(name=name, revision=pinned, shards=checkpoint.digests()), path=path)
     _remember(model)
     return model
+
+
+def unchanged(*models: Model) -> Callable[[], None]:
+    """A check that models' files are still those whose digests their identities hold: for before a result is written.
+
+    It raises `InputError` naming the first file that is another one.
+    """
+    watches = [model.checkpoint().watch(model.id.shards) for model in models]
+
+    def check() -> None:
+        for watch in watches:
+            watch.check()
+
+    return check
 
 
 def check_reference(reference: str, *, relative_to: Path | None = None) -> None:
@@ -151,7 +167,8 @@ def _folder(text: str, relative_to: Path | None, progress: Progress) -> tuple[Pa
     path = _local(text, relative_to)
     if path is not None:
         if not path.is_dir():
-            raise InputError(f"model reference {text!r}", expected="a model folder", found="a file")
+            fix = UNQUANTISED if path.suffix == ".gguf" else None
+            raise InputError(f"model reference {text!r}", expected="a model folder", found="a file", fix=fix)
         return path, path.name, None
     if _is_hub(text) and not text.startswith(("./", "../")):
         return _from_hub(text.removeprefix(PREFIX), progress)
@@ -189,11 +206,11 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
         MissingError: no such folder, or its weights are others now.
     """
     candidates = [path for name, path in (given or {}).items() if name in (model_id.name, model_id.digest)]
-    record = cache_folder() / "known" / f"{model_id.digest}.json"
     # A folder that the user named is never replaced silently by another one.
-    if not candidates and record.exists():
-        candidates.append(Path(json.loads(record.read_text("utf-8"))["path"]))
+    if not candidates:
+        candidates += _remembered(model_id)
     for path in candidates:
+        hold_if_cached(path)
         if path.is_dir() and Checkpoint(path).digests() == model_id.shards:
             return path
     there = next((path for path in candidates if path.is_dir()), None)
@@ -204,6 +221,14 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
         found=found,
         fix=f"pass --model {model_id.name}=MODEL",
     )
+
+
+def _remembered(model_id: ModelId) -> list[Path]:
+    """The folder where a model was last resolved, if that is known."""
+    try:
+        return [Path(json.loads((cache_folder() / "known" / f"{model_id.digest}.json").read_text("utf-8"))["path"])]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _remember(model: Model) -> None:

@@ -4,6 +4,7 @@ RUN/run.yaml                               the resolved pipeline: digests, revis
 RUN/scores/EXPERT/BEHAVIOR.safetensors     localization        RUN/scores/EXPERT/anchors/…
 RUN/effects.safetensors                    the effect matrix
 RUN/rounds.safetensors                     coefficients settled in rounds, where a recipe asks for them
+RUN/solutions/NAME.safetensors             coefficients solved for and measured, for each recipe of the policy `solve`
 RUN/recipes/NAME/recipe.yaml [masks]       recipes             RUN/merged/NAME   the models
 RUN/evaluation.json  samples/              evaluation          RUN/gate.json     what the gate said
 RUN/report.md  report.html  figures/       report              RUN/README.md     model card of the published recipe

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
+from mechmerge.localize.effect_file import Origin
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -20,6 +21,7 @@ RECIPE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "conflict": ("weight", "weighting", "agreement"),
     "rounds": (),
+    "solve": ("budget", "limit", "agreement", "unproven"),
     "top": ("budget", "overlap"),
     "random": ("per_layer",),
     "magnitude": ("per_layer",),
@@ -28,7 +30,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "ties": ("weight", "density"),
     "dare-ties": ("weight", "density"),
 }
-"""What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`."""
+"""What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`, `limit.NAME` a limit of its damage in
+`solve`.
+"""
 
 
 class BehaviorPlan(Document):
@@ -42,6 +46,15 @@ class BehaviorPlan(Document):
     """Its weight against the other behaviours."""
 
 
+class ProtectPlan(Document):
+    """An ability of the base's own that the merge is to leave as it is."""
+
+    file: str | None = None
+    """A behaviour file, relative to the pipeline's (default: `chat`, `general` or the built-in behaviour of this name)."""
+    weight: float = Field(default=1.0, gt=0)
+    """A nat of damage to it counts as much as so many whole gains of an expert."""
+
+
 class EffectPlan(Document):
     """Settings of the effect matrix; see `EffectSettings`."""
 
@@ -53,6 +66,10 @@ class EffectPlan(Document):
     prompts: int = Field(default=48, ge=4)
     tolerance: float = Field(default=0.05, gt=0)
     max_nodes: int = Field(default=10, ge=6)
+    origin: Origin = "base"
+    """Where the path starts: at the base, leading to the sum; or at the sum, where merges are decided."""
+    check: int = Field(default=0, ge=0)
+    """Masks on which predictions are held against measured changes, for the policy `solve`; 0: none."""
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -70,7 +87,9 @@ class RoundsPlan(Document):
 class RecipePlan(Document):
     """One recipe: a policy and its parameters."""
 
-    policy: Literal["conflict", "rounds", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"]
+    policy: Literal[
+        "conflict", "rounds", "solve", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"
+    ]
     like: str | None = None
     """For the controls: the recipe whose shares they copy (an earlier one of this file)."""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -140,6 +159,8 @@ class Pipeline(Document):
     """Stands in for `model` in every behaviour and suite (`none` or a Jinja template), where the base has no template of
     its own."""
     behaviors: dict[str, BehaviorPlan] = Field(min_length=1)
+    protect: dict[str, ProtectPlan] = Field(default_factory=dict)
+    """The base's own abilities, measured in effects and rounds beside the behaviours."""
     localize: LocalizePlan = LocalizePlan()
     effects: EffectPlan = EffectPlan()
     rounds: RoundsPlan = RoundsPlan()
@@ -155,10 +176,15 @@ class Pipeline(Document):
         import re
 
         for name in self.recipes:
-            if not re.match(RECIPE, name):
+            if not re.fullmatch(RECIPE, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ . and -)")
-        for name in (*self.experts, *self.behaviors):
-            if not re.match(NAME, name):
+        for name in self.protect.keys() & self.behaviors.keys():
+            raise ValueError(f"protect {name}: the name is taken by a behaviour")
+        for name, plan in self.recipes.items():
+            if plan.policy == "solve" and not self.effects.check and not plan.parameters.get("unproven"):
+                raise ValueError(f"recipe {name}: the policy solve needs effects.check (84 masks are many), or unproven: true")
+        for name in (*self.experts, *self.behaviors, *self.protect):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
         taken = {"base", *self.experts}
         for name, plan in self.recipes.items():

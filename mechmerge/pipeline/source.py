@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mechmerge.artifacts import Document, read_document
-from mechmerge.behaviors.schema import Behavior, load_group
+from mechmerge.behaviors.schema import Behavior, load_group, load_protected
+from mechmerge.errors import InputError
 from mechmerge.evaluate.suites import BUILTIN, is_task, load_suite
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, check_reference, is_local, is_unpinned_hub, resolve
+from mechmerge.models.sides import chat_template, note_differences
 from mechmerge.pipeline.schema import Pipeline
 from mechmerge.progress import Progress
 from mechmerge.publish.licenses import license_of_merge
@@ -27,6 +30,8 @@ class Resolved(NamedTuple):
     experts: dict[str, Model]
     behaviors: dict[str, tuple[Behavior, ...]]
     """By name of the pipeline; a group has several."""
+    protected: dict[str, Behavior]
+    """The base's own abilities, by name."""
 
 
 def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
@@ -48,7 +53,38 @@ def resolve_pipeline(path: Path, progress: Progress) -> Resolved:
     for expert in experts.values():
         aligned = align(base, expert, pipeline.vocabulary)
         check_pair(base.checkpoint(), aligned.checkpoint(), positions=pipeline.positions, finite=False)
-    return Resolved(pipeline, folder, base, experts, behaviors_of(pipeline, folder))
+    behaviors = behaviors_of(pipeline, folder)
+    _require_templates(pipeline, folder, base, experts, [member for group in behaviors.values() for member in group])
+    note_differences(base.path, {name: expert.path for name, expert in experts.items()}, progress)
+    return Resolved(pipeline, folder, base, experts, behaviors, protected_of(pipeline, folder))
+
+
+def _require_templates(
+    pipeline: Pipeline, folder: Path, base: Model, experts: Mapping[str, Model], behaviors: Sequence[Behavior]
+) -> None:
+    """A chat template is there wherever one is asked for: the base's in behaviours and suites, an expert's own in suites.
+
+    Raises:
+        InputError: naming the model that has none.
+    """
+    names = [near(name, folder) for name in pipeline.evaluate.suites if not is_task(name)]
+    # Those of the package ask for the model's own; a file says itself.
+    suites = [True if name in BUILTIN else load_suite(name).chat_template == "model" for name in names]
+    asked = pipeline.chat_template is None and any(suites)
+    if pipeline.chat_template is None and (asked or any(behavior.chat_template == "model" for behavior in behaviors)):
+        _require_template("base", base)
+    for name, expert in experts.items() if asked else ():
+        _require_template(f"expert {name}", expert)
+
+
+def _require_template(what: str, model: Model) -> None:
+    if chat_template(model.path) is None:
+        raise InputError(
+            f"{what} ({model.id.name})",
+            expected="a chat template, in which the pipeline asks it",
+            found="none",
+            fix="set `chat_template` in the pipeline: `none` for prompts as they are, or a Jinja template for all models",
+        )
 
 
 def load_pipeline(path: Path) -> Pipeline:
@@ -59,6 +95,7 @@ def load_pipeline(path: Path) -> Pipeline:
     """
     pipeline = read_document(Pipeline, path)
     behaviors_of(pipeline, path.parent)
+    protected_of(pipeline, path.parent)
     for suite in pipeline.evaluate.suites:
         if suite not in BUILTIN and not is_task(suite):  # those may need data from elsewhere
             load_suite(near(suite, path.parent))
@@ -86,6 +123,12 @@ def behaviors_of(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Behavior, 
     """The behaviours of a pipeline by its names, in its chat template."""
     groups = {name: load_group(near(plan.file or name, folder)) for name, plan in pipeline.behaviors.items()}
     return {name: tuple(templated(member, pipeline) for member in members) for name, members in groups.items()}
+
+
+def protected_of(pipeline: Pipeline, folder: Path) -> dict[str, Behavior]:
+    """The base's own abilities of a pipeline by its names, in its chat template."""
+    found = {name: load_protected(near(plan.file or name, folder)) for name, plan in pipeline.protect.items()}
+    return {name: templated(behavior, pipeline) for name, behavior in found.items()}
 
 
 def templated(document: D, pipeline: Pipeline) -> D:

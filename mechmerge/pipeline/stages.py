@@ -11,12 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mechmerge.artifacts import Document, sha256_file
+from mechmerge.artifacts import Document, parse_document, sha256_file
 from mechmerge.behaviors.schema import Behavior
-from mechmerge.localize.calibration import BehaviorRow, CalibrationSettings
+from mechmerge.localize.calibration import BASE, BehaviorRow, CalibrationSettings
+from mechmerge.localize.effect_file import read_effects
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.settings import LocalizeSettings, score_file
+from mechmerge.localize.solving import SolveSettings, settle_solution
 from mechmerge.localize.stage import localize
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
@@ -47,7 +49,8 @@ def run_record(source: Resolved) -> RunRecord:
         pipeline=source.pipeline,
         base=source.base,
         experts=source.experts,
-        behaviors={name: {b.name: b.digest for b in members} for name, members in source.behaviors.items()},
+        behaviors={name: {b.name: b.digest for b in members} for name, members in source.behaviors.items()}
+        | {name: {one.name: one.digest} for name, one in source.protected.items()},
         versions=versions(),
     )
 
@@ -64,7 +67,7 @@ class Stages:
     """
 
     def __init__(self, source: Resolved, run: Path, state: RunState, progress: Progress, device: str) -> None:
-        self.plan, self.folder, self.base, self.experts, self.behaviors = source
+        self.plan, self.folder, self.base, self.experts, self.behaviors, self.protected = source
         self.run, self.state, self.progress, self.device = run, state, progress, device
         self.record = run_record(source)
         self.common: dict[str, Any] = {
@@ -81,6 +84,7 @@ class Stages:
         self.localize()
         self.effects()
         self.rounds()
+        self.solutions()
         self.recipes()
         self.merge()
 
@@ -149,9 +153,36 @@ class Stages:
             "rounds", inputs, [out], lambda: ignore(settle(self.base, self.experts, rows, out, settings, self.progress))
         )
 
+    def solutions(self) -> None:
+        """A file of solutions that were measured, for each recipe of the policy `solve`."""
+        for name, plan in self.plan.recipes.items():
+            if plan.policy != "solve":
+                continue
+            asked = plan.parameters
+            limits = {key.removeprefix("limit."): value for key, value in asked.items() if key.startswith("limit.")}
+            common = {key: getattr(self.plan.rounds, key) for key in ("metric", "prompts", "batch", "dtype")}
+            settings = parse_document(
+                SolveSettings,
+                {**common, **{key: asked[key] for key in ("budget", "agreement", "unproven") if key in asked}, "limits": limits,
+                 "device": self.device, "seed": self.plan.seed, "vocabulary": self.plan.vocabulary,
+                 "positions": self.plan.positions},
+                f"recipe {name}",
+            )  # fmt: skip
+            rows, out, effects = self._rows(), self.solution(name), self.run / "effects.safetensors"
+            inputs = self._measured_on(rows, settings) | {"effects": sha256_file(effects)}
+            self.state.stage(f"solve-{name}", inputs, [out], partial(self._solve, rows, out, settings))
+
+    def _solve(self, rows: list[BehaviorRow], out: Path, settings: SolveSettings) -> None:
+        effects = read_effects(self.run / "effects.safetensors")
+        settle_solution(self.base, self.experts, rows, effects, out, settings, self.progress)
+
+    def solution(self, name: str) -> Path:
+        return self.run / "solutions" / f"{name}.safetensors"
+
     def _rows(self) -> list[BehaviorRow]:
-        plans = self.plan.behaviors
-        return [BehaviorRow(name, group, plans[name].expert, plans[name].weight) for name, group in self.behaviors.items()]
+        plans, kept = self.plan.behaviors, self.plan.protect
+        rows = [BehaviorRow(name, group, plans[name].expert, plans[name].weight) for name, group in self.behaviors.items()]
+        return rows + [BehaviorRow(name, (one,), BASE, kept[name].weight) for name, one in self.protected.items()]
 
     def _measured_on(self, rows: list[BehaviorRow], settings: CalibrationSettings) -> dict[str, Any]:
         return self.common | {
@@ -178,8 +209,10 @@ class Stages:
         return self.run / "recipes" / name / "recipe.yaml"
 
     def recipes(self) -> None:
-        measured = {str(p.relative_to(self.run)): sha256_file(p) for p in self.measurements()}
+        common = {str(p.relative_to(self.run)): sha256_file(p) for p in self.measurements()}
         for name, plan in self.plan.recipes.items():
+            own = self.solution(name)
+            measured = {str(own.relative_to(self.run)): sha256_file(own)} if plan.policy == "solve" else common
             like = self.recipe(plan.like) if plan.like else None
             inputs = {
                 "plan": plan.model_dump(mode="json"),
@@ -192,7 +225,8 @@ class Stages:
             self.state.stage(f"recipe-{name}", inputs, [folder], partial(self._compile, name, plan))
 
     def _compile(self, name: str, plan: RecipePlan) -> None:
-        sources = read_sources(self.measurements(), self._expert_ids())
+        files = [self.solution(name)] if plan.policy == "solve" else self.measurements()
+        sources = read_sources(files, self._expert_ids())
         compiled = compile_recipe(
             plan.policy,
             sources,

@@ -32,7 +32,7 @@ from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
 
 CONTROLS = ("random", "magnitude")
-MEASURED = ("conflict", "rounds", "top")
+MEASURED = ("conflict", "rounds", "solve", "top")
 """Policies that controls copy the shares of."""
 
 

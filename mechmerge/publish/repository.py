@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mechmerge import __version__
 from mechmerge.errors import InputError, MechmergeError, MissingError
 from mechmerge.models.hub_errors import LOGIN, status_of
 from mechmerge.progress import SILENT, Progress
 from mechmerge.publish.patience import PATIENCE, Patience
 from mechmerge.publish.plan import Kind, LocalFile, RemoteFile
+from mechmerge.version import __version__
 
 T = TypeVar("T")
 OTHER_KINDS: dict[Kind, tuple[str, ...]] = {"model": ("dataset", "space"), "dataset": ("model", "space")}

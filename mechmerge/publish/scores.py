@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mechmerge import __version__
 from mechmerge.errors import InputError
 from mechmerge.publish.card import hub_ids
 from mechmerge.publish.licenses import Lookup, license_of_merge
@@ -20,6 +19,7 @@ from mechmerge.report import tables
 from mechmerge.report.files import RunFiles, find_run_files
 from mechmerge.report.loading import Measurements, read_measurements
 from mechmerge.report.summary import LIMITS
+from mechmerge.version import __version__
 
 TAGS = ("mechmerge", "model-merging", "mechanistic-interpretability", "weight-patching")
 _OURS = re.compile(r"README\.md|effects\.safetensors|rounds\.safetensors|scores/[^/]+/[^/]+\.safetensors")

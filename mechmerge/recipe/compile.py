@@ -10,17 +10,18 @@ from typing import Any, get_args
 import numpy as np
 
 from mechmerge.errors import InputError
+from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
 from mechmerge.recipe.controls import magnitude_like, random_like
-from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, rounds, top
+from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, rounds, solve, top
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
 from mechmerge.recipe.sources import Sources
 
 CONTROLS = ("random", "magnitude")
 BASELINES: dict[str, str] = {"task-arithmetic": "task_arithmetic", "linear": "linear", "ties": "ties", "dare-ties": "dare_ties"}
 """Our names of mergekit's methods."""
-POLICIES: tuple[str, ...] = ("conflict", "rounds", "top", *CONTROLS, *BASELINES)
+POLICIES: tuple[str, ...] = ("conflict", "rounds", "solve", "top", *CONTROLS, *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def compile_recipe(
     Args:
         policy: one of `POLICIES`.
         sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
-        parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `top`: budget,
-            overlap; `random`, `magnitude`: per_layer; baselines: weight, and density for `ties` and `dare-ties`.
+        parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `solve`: budget,
+            limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `random`, `magnitude`:
+            per_layer; baselines: weight, and density for `ties` and `dare-ties`.
         seed: of `random` and `dare-ties`.
         like: for the controls, the recipe whose shares they copy, with its masks.
         delta_norms: called by `magnitude` for experts without score files.
@@ -75,14 +77,19 @@ def compile_recipe(
                          found="none" if like is None else "one", fix="--like belongs to random and magnitude")  # fmt: skip
     if like is not None:
         return _control(policy, sources, given, seed, like, delta_norms, common)
-    settings = _conflict_settings(given) if policy == "conflict" else given
-    functions: dict[str, Callable[..., Choice]] = {"conflict": conflict, "rounds": rounds, "top": top}
-    choice = _call(policy, functions[policy], _measured(policy, sources), settings)
+    settings = _gathered(_gathered(given, "weight"), "limit")
+    functions: dict[str, Callable[..., Choice]] = {"conflict": conflict, "rounds": rounds, "solve": solve, "top": top}
+    measured = _measured(policy, sources)
+    if policy == "solve" and isinstance(measured, RoundsFile):
+        given = _asked(measured, given)
+        settings = {}
+    choice = _call(policy, functions[policy], measured, settings)
     experts = {name: RecipeExpert(model=model, default=choice.defaults[name]) for name, model in sources.experts.items()}
     recipe = Recipe(
         base=sources.base,
         experts=experts,
         policy=Policy(name=policy, parameters=given),
+        parameters=sources.unit_parameters() or None,
         predicted=choice.predicted,
         predicted_on=choice.metric,
         realised=choice.realised,
@@ -97,15 +104,17 @@ def _measured(policy: str, sources: Sources) -> Any:
         if sources.rounds is None:
             raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
         return sources.rounds
-    if policy == "conflict":
+    if policy == "solve" and sources.rounds is not None:
+        return sources.rounds
+    if policy in ("conflict", "solve"):
         if sources.effects is None:
             raise InputError(
-                "policy conflict", expected="an effect file", found="none", fix="make one with `mechmerge effects`"
+                f"policy {policy}", expected="an effect file", found="none", fix="make one with `mechmerge effects`"
             )
         missing = sources.experts.keys() - sources.effects.metadata.experts.keys()
         if missing:
             raise InputError(
-                "policy conflict", expected=f"effects of {', '.join(sorted(missing))}", found="none in the effect file"
+                f"policy {policy}", expected=f"effects of {', '.join(sorted(missing))}", found="none in the effect file"
             )
         return sources.effects
     missing = sources.experts.keys() - sources.scores.keys()
@@ -116,11 +125,27 @@ def _measured(policy: str, sources: Sources) -> Any:
     return sources.scores
 
 
-def _conflict_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`weight.NAME` entries become one mapping."""
-    settings = {key: value for key, value in given.items() if not key.startswith("weight.")}
-    weights = {key.removeprefix("weight."): value for key, value in given.items() if key.startswith("weight.")}
-    return settings | ({"weights": weights} if weights else {})
+def _gathered(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`weight.NAME` entries become one mapping `weights`, `limit.NAME` ones `limits`."""
+    settings = {key: value for key, value in given.items() if not key.startswith(f"{name}.")}
+    found = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
+    return settings | ({f"{name}s": found} if found else {})
+
+
+def _asked(file: RoundsFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a measured solution was asked with; those given must not differ from them."""
+    record = file.metadata.solve
+    if record is None:
+        return dict(given)
+    proven = record.linearity is not None and record.linearity.holds
+    limits = {f"limit.{name}": limit for name, limit in record.limits.items()}
+    asked = {"budget": record.budget, **limits} | ({} if proven else {"unproven": True})
+    for name, value in given.items():
+        if name not in ("unproven", "agreement") and asked.get(name) != value:
+            raise InputError(
+                f"policy solve: {name}", expected=f"{asked.get(name)}, as the rounds file was made", found=repr(value)
+            )
+    return asked
 
 
 CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting)}
@@ -132,8 +157,13 @@ def _call(policy: str, function: Callable[..., Choice], measured: Any, settings:
     for name, choices in CHOICES.items():
         if name in settings and settings[name] not in choices:
             raise InputError(f"policy {policy}: {name}", expected=f"one of {', '.join(choices)}", found=repr(settings[name]))
-    if policy == "top":
+    if policy == "top" or "budget" in settings:
         _number(policy, "budget", settings.get("budget"), 0, 1)
+    for name in ("agreement", "unproven"):
+        if not isinstance(settings.get(name, False), bool):
+            raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(settings[name]))
+    for name, limit in settings.get("limits", {}).items():
+        _number(policy, f"limit.{name}", limit, 0, np.inf)
     return function(measured, **settings)
 
 

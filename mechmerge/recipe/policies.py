@@ -5,6 +5,8 @@
     components' deltas. New here: a component's verdict is its effect summed over all behaviours, each divided by
     its own expert's gain, and it must hold on both halves of the calibration prompts.
 `rounds`: the same question asked where the decision is taken, in rounds of measuring (localize/rounds.py).
+`solve`: the best predicted worst case under a budget and limits of damage, by a linear program (localize/program.py) over the
+    effects, where these are known to predict; or the one that was measured and solved once more (localize/solving.py).
 `top`: the best share of each expert by its localization score ("Weight Patching", arXiv 2604.13694, ranks components so), where
     DARE keeps a random share (https://arxiv.org/abs/2311.03099) and TIES the largest (https://arxiv.org/abs/2306.01708).
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EFFECT_KINDS, BehaviorEffect, EffectFile
+from mechmerge.localize.effect_program import check_proven, solve_effects
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.localize.settings import ScoreSource
@@ -55,7 +58,8 @@ def behavior_weights(
     weighting: Weighting = "own-gain",
     metric: ScoreSource = "loss",
 ) -> Array:
-    """float64 [behaviours]: the user's weight, divided by the own expert's gain under `own-gain`.
+    """float64 [behaviours]: the user's weight, divided by the own expert's gain under `own-gain`. A protected behaviour has no
+    expert and no gain: its weight stays as it is, so a nat of damage to it counts as much as `weight` whole own gains do.
 
     Args:
         behaviors: rows of the effect file.
@@ -75,7 +79,7 @@ def behavior_weights(
         weight = float(given.get(behavior.name, behavior.weight))
         if not (np.isfinite(weight) and weight > 0):
             raise InputError(f"weight of {behavior.name}", expected="a positive number", found=str(weight))
-        if weighting == "own-gain":
+        if weighting == "own-gain" and not behavior.protected:
             if behavior.own_gain <= 0:
                 wanted, unit = {
                     "loss": ("lower its loss", "nats per token"),
@@ -133,14 +137,23 @@ def rounds(file: RoundsFile) -> Choice:
     The file has measured the change of loss at this very merge, so the prediction is what the accepted rounds predicted
     on top of the measured loss of the sum, and what was realised stands beside it.
     """
+    return _settled(file, "rounds")
+
+
+def _settled(file: RoundsFile, method: str) -> Choice:
+    """The coefficients of a file of rounds or solutions, with what was predicted and realised at them."""
     metadata = file.metadata
+    if metadata.method != method:
+        raise InputError(f"policy {method}", expected=f"a rounds file of the method {method}", found=metadata.method)
     masks = {f"{e}.{k}": file.arrays[f"{k}.coefficient"][i] for k in UNIT_KINDS for i, e in enumerate(metadata.experts)}
     accepted = [record for record in metadata.rounds if record.accepted]
     predicted = {b.name: b.loss_sum - b.loss_base + sum(r.predicted[b.name] for r in accepted) for b in metadata.behaviors}
     realised = {b.name: b.loss_merge - b.loss_base for b in metadata.behaviors}
     notes = () if accepted else ("no round raised the weighted gain: this is the sum of the experts",)
+    if metadata.solve is not None and (metadata.solve.linearity is None or not metadata.solve.linearity.holds):
+        notes = ("not proven: the effects that were solved over are not known to predict; the realised change was measured",)
     return Choice(
-        dict.fromkeys(metadata.experts, 1.0),
+        {name: metadata.rest.get(name, 1.0) for name in metadata.experts},
         masks,
         {name: round(value, 6) for name, value in predicted.items()},
         "loss",
@@ -149,14 +162,54 @@ def rounds(file: RoundsFile) -> Choice:
     )
 
 
+def solve(
+    measured: EffectFile | RoundsFile,
+    budget: float = 1.0,
+    limits: Mapping[str, float] | None = None,
+    agreement: bool = True,
+    unproven: bool = False,
+) -> Choice:
+    """The coefficients of the best predicted worst case: the largest retained gain of the worst-off behaviour.
+
+    Args:
+        measured: effects, or a file of solutions that were measured (`mechmerge rounds --solve`), which has its own budget.
+        budget: share of each expert's head + KV + neuron parameters; a coefficient counts in proportion.
+        limits: most predicted rise of a behaviour's loss (on the anchor: fall of its recovery) against the base, in the
+            metric's unit; protected behaviours have .1 where none is given.
+        agreement: the worst case is that of both halves of the calibration prompts (else: of their mean).
+        unproven: solve although the effects are not known to predict.
+
+    Raises:
+        InputError: the effects are not known to predict, limits that cannot be met, or what `solve_effects` raises.
+        SchemaError: the file holds no effects of a kind, or no halves although agreement is asked for.
+    """
+    if isinstance(measured, RoundsFile):
+        return _settled(measured, "solve")
+    doubt = check_proven(measured, unproven)
+    solved = solve_effects(measured, budget, limits, agreement)
+    metadata = measured.metadata
+    masks = {f"{e}.{kind}": solved.units[kind][i] for kind in UNIT_KINDS for i, e in enumerate(metadata.experts)}
+    defaults = dict(zip(metadata.experts, solved.rest, strict=True))
+    caveats = (f"effects on {name}: {caveat}" for name, caveat in metadata.caveats.items())
+    worst = f"the worst-off behaviour is predicted to keep {solved.worst:.3f} of its own expert's gain"
+    notes = (*((doubt,) if doubt else ()), *caveats, worst)
+    return Choice(defaults, masks, predicted_change(measured, defaults, masks), metadata.metric, notes)
+
+
 def predicted_change(effects: EffectFile, defaults: Mapping[str, float], masks: Masks) -> dict[str, float]:
     """Change of each behaviour that the effects predict: on the loss −Σ coefficient × effect, nats per answer token; on the
     anchor Σ coefficient × effect, recovery.
 
     It is exact (up to the completeness error) at coefficient 1 everywhere, and linear in between, which neither metric is.
+    Effects whose path starts at the sum predict from the gain that was measured there.
     """
     sign = -1 if effects.metadata.metric == "loss" else 1
-    gains = np.zeros(len(effects.metadata.behaviors))
+    total = sum(
+        effects.arrays[f"{kind}.effect"].sum(axis=(1, 2, 3), dtype=np.float64)
+        for kind in EFFECT_KINDS
+        if f"{kind}.effect" in effects.arrays
+    )
+    gains = effects.gains_at_nothing(np.asarray(total))
     for kind in EFFECT_KINDS:
         values = effects.arrays.get(f"{kind}.effect")
         if values is None:

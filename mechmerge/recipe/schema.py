@@ -110,6 +110,8 @@ class Recipe(Document):
     """Dtype of the merged weights; arithmetic is float32, rounded once."""
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
+    parameters: dict[str, int] | None = None
+    """Parameters of one head, KV group and neuron, where what was measured told; None in older recipes."""
     predicted: dict[str, float] | None = None
     """Predicted change of each behaviour against the base, of what `predicted_on` says."""
     predicted_on: ScoreSource = "loss"
@@ -121,7 +123,7 @@ class Recipe(Document):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name, expert in self.experts.items():
-            if not re.match(NAME, name) or name == "base":
+            if not re.fullmatch(NAME, name) or name == "base":
                 raise ValueError(f"experts: {name!r} is not a plain name (letters, digits, _ and -; not 'base')")
             _finite(expert.default, f"experts.{name}.default")
         for i, rule in enumerate(self.rules):

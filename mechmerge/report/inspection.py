@@ -86,8 +86,9 @@ def _kind_of_tensors(path: Path) -> str:
     return str(document.get("kind")) if isinstance(document, Mapping) else "unknown"
 
 
-def _facts(**facts: Any) -> Rows:
-    return [{"field": name.replace("_", " "), "value": value} for name, value in facts.items() if value not in (None, "")]
+def fact_rows(**given: Any) -> Rows:
+    """Rows of what is known: a name each, without those that are None or empty."""
+    return [{"field": name.replace("_", " "), "value": value} for name, value in given.items() if value not in (None, "")]
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -117,7 +118,7 @@ def _readout(meta: ScoreMetadata) -> dict[str, Any]:
 def _scores(path: Path) -> Inspection:
     file = read_scores(path)
     meta = file.metadata
-    facts = _facts(
+    facts = fact_rows(
         behaviour=meta.behavior,
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         expert=f"{meta.expert.name} ({meta.expert.digest[:12]})",
@@ -158,7 +159,7 @@ def _scores(path: Path) -> Inspection:
 def _effects(path: Path) -> Inspection:
     file = read_effects(path)
     meta = file.metadata
-    facts = _facts(
+    facts = fact_rows(
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
         metric=f"{meta.metric} ({meta.unit})",
@@ -167,7 +168,7 @@ def _effects(path: Path) -> Inspection:
         dtype=meta.dtype,
         seed=meta.seed,
     )
-    facts += _facts(**{f"caveat_{name}": why for name, why in meta.caveats.items()})
+    facts += fact_rows(**{f"caveat_{name}": why for name, why in meta.caveats.items()})
     shown = {
         "effects": facts,
         "behaviours": _parsed(effect_tables.losses_rows(file)),
@@ -179,7 +180,7 @@ def _effects(path: Path) -> Inspection:
 def _rounds(path: Path) -> Inspection:
     file = read_rounds(path)
     meta = file.metadata
-    facts = _facts(
+    facts = fact_rows(
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
         dtype=meta.dtype,
@@ -195,7 +196,7 @@ def _rounds(path: Path) -> Inspection:
 
 def _recipe(path: Path) -> Inspection:
     recipe, masks = read_recipe(path)
-    facts = _facts(
+    facts = fact_rows(
         base=f"{recipe.base.name} ({recipe.base.digest[:12]})",
         **{f"expert_{name}": f"{entry.model.name} ({entry.model.digest[:12]})" for name, entry in recipe.experts.items()},
         mergekit_method=recipe.mergekit.method if recipe.mergekit else None,

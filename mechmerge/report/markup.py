@@ -10,7 +10,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from mechmerge.report.tables import Rows, printable, visible
+from mechmerge.errors import visible
+from mechmerge.report.tables import Rows, printable
 
 _STRONG = re.compile(r"\*\*(.+?)\*\*")
 _EMPHASIS = re.compile(r"^\*([^*]+)\*")

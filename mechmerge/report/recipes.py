@@ -11,9 +11,9 @@ import numpy as np
 from mechmerge.localize.effect_file import MEASURED, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.models.families import FAMILIES, Architecture
 from mechmerge.models.references import ModelId
 from mechmerge.recipe.coefficients import coefficients
+from mechmerge.recipe.explain import plain_architecture
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe
 from mechmerge.report.loading import Measurements
 from mechmerge.report.style import Array, signed
@@ -67,19 +67,7 @@ def kept_of(recipe: Recipe, masks: Masks, run: Measurements) -> KeptOf:
     shapes = _shapes(run, masks)
     if set(shapes) != set(UNIT_KINDS):
         return KeptOf(experts, {}, None)
-    # Coefficients need a model's sizes only; its family's names of tensors play no part.
-    arch = Architecture(
-        family=FAMILIES[0],
-        layers=shapes["head"][0],
-        hidden=1,
-        heads=shapes["head"][1],
-        kv_groups=shapes["kv"][1],
-        head_dim=1,
-        neurons=shapes["neuron"][1],
-        vocabulary=1,
-        tied=False,
-    )
-    units = coefficients(recipe, masks, arch).units
+    units = coefficients(recipe, masks, plain_architecture(shapes, tied=False)).units
     return KeptOf(experts, {name: {kind: units[name][kind] for kind in UNIT_KINDS} for name in experts}, None)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mechmerge.errors import visible
 from mechmerge.localize.roles import ROLE_NAMES
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import Component
@@ -18,21 +18,10 @@ from mechmerge.report.style import Array, doubts, signed, small
 
 Rows = tuple[list[str], list[tuple[object, ...]]]
 """A header and rows as long as it."""
-_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 RANKED = ("sufficiency", "screen", "necessity", "activation")
 """Measures of a ranking, in the order of `Ranked`."""
 DEPTHS = ("first third", "middle third", "last third")
 """Parts of the whole model, by layer."""
-
-
-def visible(text: str) -> str:
-    """A text with its control characters, half surrogates and marks of writing direction spelt out, as U+202E is in Python."""
-
-    def shown(character: str) -> str:
-        harmful = unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL
-        return character.encode("unicode_escape").decode() if harmful else character
-
-    return "".join(map(shown, text))
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from mechmerge.artifacts import parse_document, parse_yaml
-from mechmerge.behaviors.schema import builtin_names
+from mechmerge.behaviors.schema import builtin_names, protected_names
 from mechmerge.errors import InputError
 from mechmerge.evaluate.suites import BUILTIN, is_task
 from mechmerge.models.demo import NAME as DEMO
@@ -51,6 +51,8 @@ def admit(text: str, files: Iterable[str], settings: Settings) -> Pipeline:
     for name, plan in pipeline.behaviors.items():
         # What the pipeline calls it is a file's name too, where it names no other.
         _check_file(f"pipeline: behaviors.{name}", plan.file or name, names, groups)
+    for name, ability in pipeline.protect.items():
+        _check_file(f"pipeline: protect.{name}", ability.file or name, names, groups | {*protected_names()})
     for suite in pipeline.evaluate.suites:
         if not is_task(suite):
             _check_file("pipeline: evaluate.suites", suite, names, set(BUILTIN))

@@ -45,7 +45,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from mechmerge import __version__
 from mechmerge.errors import MechmergeError
 from mechmerge.service.api import access, artifacts, events, health, jobs
 from mechmerge.service.guard import Guard
@@ -53,6 +52,7 @@ from mechmerge.service.pages import router as pages
 from mechmerge.service.pages.route import problem_page
 from mechmerge.service.problems import ServiceError, answer
 from mechmerge.service.service import Service
+from mechmerge.version import __version__
 
 ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router, pages)
 
@@ -109,6 +109,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101
     headers = dict(error.headers) if error.headers else None
-    told = ServiceError(error.status_code, "request", found=error.detail, headers=headers)
+    # 400 is a body that cannot be read as JSON: invalid, as others are.
+    status = 422 if error.status_code == 400 else error.status_code
+    told = ServiceError(status, "request", found=error.detail, headers=headers)
     by_browser = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api")
     return problem_page(request, told) if by_browser else answer(told)

@@ -48,6 +48,10 @@ def bundle(path: Path) -> Bundle:
         name: plan.model_copy(update={"file": files.send(plan.file or name)}) if files.has(plan.file or name) else plan
         for name, plan in pipeline.behaviors.items()
     }
+    protect = {
+        name: plan.model_copy(update={"file": files.send(plan.file or name)}) if files.has(plan.file or name) else plan
+        for name, plan in pipeline.protect.items()
+    }
     data = pipeline.evaluate.ifeval_data
     evaluate = pipeline.evaluate.model_copy(
         update={
@@ -59,6 +63,7 @@ def bundle(path: Path) -> Bundle:
         "base": absolute(pipeline.base, path.parent),
         "experts": {name: absolute(reference, path.parent) for name, reference in pipeline.experts.items()},
         "behaviors": behaviors,
+        "protect": protect,
         "evaluate": evaluate,
     }
     sent: Pipeline = pipeline.model_copy(update=changed)

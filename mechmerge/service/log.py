@@ -7,7 +7,6 @@ O_APPEND, and a line that a killed writer left unfinished is closed by the next 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from mechmerge.artifacts import Document
 Type = Literal["state", "stage", "step", "progress", "note", "error"]
 CHUNK = 1 << 16
 """Bytes that are read at once."""
+TAIL = 8192
 
 
 class Event(Document):
@@ -75,7 +75,7 @@ class LogWriter:
             time=round(time.time(), 3),
             attempt=self.attempt,
             stage=self.stage,
-            text=" ".join(text.split())[:2000],
+            text="".join(c if c.isprintable() else "�" for c in " ".join(text.split()))[:2000],
             done=done,
             total=total,
         )
@@ -112,13 +112,15 @@ def read_events(path: Path, after: int = 0) -> tuple[list[Numbered], int]:
             data = handle.read(CHUNK)
     except FileNotFoundError:
         return [], 0
-    found, position = [], start
+    found: list[Numbered] = []
+    position = start
     for line in data.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         position += len(line)
-        with contextlib.suppress(ValueError, ValidationError):
-            found.append(Numbered(position, Event.model_validate(json.loads(line))))
+        event = _parse(line)
+        if event is not None:
+            found.append(Numbered(position, event))
     return found, position
 
 
@@ -144,19 +146,25 @@ class Progress(Document):
 
 
 def progress_of(path: Path) -> Progress:
-    """Where a job is, by the last lines of its log (about 32 kB)."""
+    """Where a job is, by the last lines of its log (8 kB of them at most)."""
     try:
-        size = path.stat().st_size
+        with path.open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL))
+            lines = handle.read().split(b"\n")
     except FileNotFoundError:
         return Progress()
-    stage = step = None
-    done = total = None
     last = None
-    # Half of what is read at once: the line that it begins in is read from its start.
-    for _, event in read_events(path, max(0, size - CHUNK // 2))[0]:
-        last, stage = event.time, event.stage
+    for event in filter(None, map(_parse, reversed(lines))):
+        last = last or event
+        if event.type in ("step", "progress") and event.stage == last.stage:
+            return Progress(stage=last.stage, step=event.text, done=event.done, total=event.total, time=last.time)
         if event.type == "stage":
-            step, done, total = None, None, None
-        elif event.type in ("step", "progress"):
-            step, done, total = event.text, event.done, event.total
-    return Progress(stage=stage, step=step, done=done, total=total, time=last)
+            break
+    return Progress() if last is None else Progress(stage=last.stage, time=last.time)
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        return Event.model_validate(json.loads(line))
+    except (ValueError, ValidationError):
+        return None

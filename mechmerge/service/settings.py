@@ -48,6 +48,8 @@ class Settings(Document):
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     """Threads of a worker (default: the cores, shared among the slots)."""
+    nice: int = Field(default=5, ge=0, le=19)
+    """How far workers stand back for the server, as nice(1) counts."""
     limits: Limits = Limits()
     free_disk: int = Field(default=1_000_000_000, ge=0)
     """Bytes that must be free on the data folder's disk before a job is taken or started."""

@@ -128,14 +128,20 @@ class Supervisor:
             job = self.store.claim(self.name, self.settings.quota_running)
             if job is None:
                 break
-            self._start(job)
+            try:
+                self._start(job)
+            except OSError:  # no process, or no folder: not for ever
+                LOG.exception("job %s: its worker cannot be started", job.id)
+                claim = Claim(job.id, self.name, job.attempt)
+                self.store.requeue(claim, seconds=0.0, crashed=True, attempts=self.settings.attempts)
+                break
 
     def has_space(self) -> bool:
         """Whether enough of the disk is free."""
         return shutil.disk_usage(self.settings.data).free >= self.settings.free_disk
 
     def _start(self, job: Job) -> None:
-        """Starts a worker. Where that fails the job is queued again by `_recover`, as one that nobody works on."""
+        """Starts a worker."""
         settings, claim = self.settings, Claim(job.id, self.name, job.attempt)
         folder = settings.jobs / job.id
         run = settings.jobs / (job.parent or job.id) / "run"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mechmerge.artifacts import Document, parse_document, parse_json, read_text, write_json
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import MechmergeError, machine_error
 from mechmerge.service.admission import PIPELINE, admit, check_repo, sent_files
 from mechmerge.service.log import LogWriter
 from mechmerge.service.problems import Problem, problem_of
@@ -96,7 +96,7 @@ def main() -> int:
     orders = parse_document(Orders, parse_json(line.decode(), "orders"), "orders")
     die_with(orders.parent)
     _hold_lifeline()
-    _restrain(orders.settings.limits.disk)
+    _restrain(orders.settings)
     log = LogWriter(orders.folder / "log.jsonl", orders.attempt)
     outcome = carry_out(orders, LogProgress(log))
     if outcome.error is not None:
@@ -119,9 +119,9 @@ def carry_out(orders: Orders, progress: LogProgress) -> Outcome:
         traceback.print_exc()
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
             return Outcome(state="failed", error=no_memory("none left"))
-        if isinstance(error, OSError):
-            problem = Problem(where="worker", expected="a disk and files that work", found=f"{error.strerror or error}")
-            return Outcome(state="failed", error=problem)
+        trouble = machine_error(error)
+        if trouble is not None:
+            return Outcome(state="failed", error=_without_folders(problem_of(trouble), orders))
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         problem = Problem(where="worker", expected="no bug, and a machine in order", found=text, fix="see the server's files")
         return Outcome(state="failed", error=_without_folders(problem, orders))
@@ -181,16 +181,16 @@ def _hold_lifeline() -> None:
     threading.Thread(target=watch, daemon=True, name="lifeline").start()
 
 
-def _restrain(disk: int) -> None:
+def _restrain(settings: Settings) -> None:
     """Leaves processor and memory to the server first, writes no core files and no file beyond the disk's limit."""
     os.umask(0o077)
     with contextlib.suppress(OSError):
-        os.nice(10)
+        os.nice(settings.nice)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if disk:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    if settings.limits.disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings.limits.disk, settings.limits.disk))
 
 
 if __name__ == "__main__":

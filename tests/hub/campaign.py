@@ -17,6 +17,8 @@ travel inside commits, base64-encoded, and are no objects of the store.
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +196,19 @@ class Campaign:
         verdict.rerun_failed = self.check_second(start, again)
         verdict.sent_twice = self.check_store(start)
         return verdict
+
+    def struck_after(self, seconds: float, number: signal.Signals, *, first: bool) -> tuple[int, list[str]]:
+        """Sends a signal to a publication after so many seconds, and publishes again: its exit code, and what is not right."""
+        start, hub = self.start(first), self.hub
+        hub.restore(start.state)
+        timer = threading.Timer(seconds, lambda: self.runner.kill(number))
+        timer.start()
+        done = self.publish(self.new)
+        timer.cancel()
+        hub.wait_until_idle()
+        problems = [f"it ended with {done.code}: {done.err[-300:]}"] if done.code not in (0, 130, -signal.SIGKILL) else []
+        problems += self._check_first(start, done)
+        return done.code, problems + self.check_second(start, self.publish(self.new)) + self.check_store(start)
 
     def _act(self, kind: Kind) -> Callable[[], None] | None:
         return {"kill": self.runner.kill, "push": self._push}.get(kind)

@@ -77,10 +77,10 @@ class Runner:
         """Runs a piece of code, which finds its arguments in `sys.argv[1:]`."""
         return self._run("python", [code, *(str(argument) for argument in arguments)])
 
-    def kill(self) -> None:
-        """SIGKILL to the command that runs."""
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to the command that runs, SIGKILL unless told otherwise."""
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(self.child, signal.SIGKILL)
+            os.kill(self.child, number)
 
     def _run(self, what: str, arguments: Sequence[str]) -> Done:
         self.start(what, arguments)

@@ -19,7 +19,7 @@ from mechmerge.artifacts import Document
 from mechmerge.service.access import Reader, The
 from mechmerge.service.api.jobs import Id, view
 from mechmerge.service.log import Event, read_events
-from mechmerge.service.problems import answers
+from mechmerge.service.problems import ServiceError, answers
 from mechmerge.service.service import Service
 from mechmerge.service.store import ENDED, State
 
@@ -117,6 +117,8 @@ async def _follow(id: str, position: int, request: Request, service: Service) ->
                 yield ": still here\n\n"
             if not ended:
                 await asyncio.sleep(POLL)
+    except ServiceError:
+        return  # it was deleted meanwhile
     finally:
         service.metrics.stream(-1)
 

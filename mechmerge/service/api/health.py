@@ -7,13 +7,13 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 
-from mechmerge import __version__
 from mechmerge.artifacts import Document
 from mechmerge.service.access import Reader, The
 from mechmerge.service.metrics import CONTENT_TYPE
 from mechmerge.service.problems import ServiceError, answers
 from mechmerge.service.settings import Limits
 from mechmerge.service.store import Counts
+from mechmerge.version import __version__
 
 router = APIRouter(tags=["health"])
 

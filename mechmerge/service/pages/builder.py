@@ -44,13 +44,14 @@ BUILT = "built"
 """What the recipe is called in tables and pipelines."""
 NUMBERS = {
     "top": ("budget",),
+    "solve": ("budget",),
     "task-arithmetic": ("weight",),
     "linear": ("weight",),
     "ties": ("weight", "density"),
     "dare-ties": ("weight", "density"),
 }
 CHOICES = {"top": ("overlap",), "conflict": ("weighting",)}
-FLAGS = {"conflict": ("agreement",), "random": ("per_layer",), "magnitude": ("per_layer",)}
+FLAGS = {"conflict": ("agreement",), "solve": ("agreement", "unproven"), "random": ("per_layer",), "magnitude": ("per_layer",)}
 """Settings of each policy: numbers, words, and yes or no."""
 SEEDED = ("random", "dare-ties")
 DEFAULTS: dict[str, Any] = {
@@ -58,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "overlap": "sum",
     "weighting": "own-gain",
     "agreement": True,
+    "unproven": False,
     "per_layer": False,
     "weight": 1.0,
     "density": 0.5,
@@ -119,6 +121,10 @@ def asked(request: Request) -> Asked:
         found[name] = fields.get(name, DEFAULTS[name])
     for name in FLAGS.get(policy, ()):
         found[name] = fields.get(name, "yes" if DEFAULTS[name] else "no") == "yes"
+    if policy == "solve":
+        # No limit of damage is the usual one, and nothing unproven.
+        found |= {name: _number(name, value) for name, value in fields.items() if name.startswith("limit.") and value}
+        found = {name: value for name, value in found.items() if value is not False or name != "unproven"}
     if policy == "conflict":
         # A weight of 1 is the usual one: left out, the recipe is the one that a pipeline without weights makes.
         given = {name: _number(name, value) for name, value in fields.items() if name.startswith("weight.") and value}
@@ -147,8 +153,12 @@ def choices(service: Service, id: str, sources: Sources) -> dict[str, str | None
     found: dict[str, str | None] = dict.fromkeys(POLICIES)
     if sources.effects is None:
         found["conflict"] = "needs effects"
+        found["solve"] = found["conflict"]
     if sources.rounds is None:
         found["rounds"] = "needs rounds"
+    else:
+        # A measured solution has settings of its own, and is the run's recipe already.
+        found["solve"] = "the run's rounds hold it"
     if sources.experts.keys() - sources.scores.keys():
         found["top"] = "needs scores of every expert"
     elif any(

@@ -31,12 +31,12 @@ class PageRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             try:
-                if request.method == "POST":
-                    form = await request.form(max_files=FIELDS, max_fields=FIELDS)
-                    token = form.get("csrf")
+                if request.method != "POST":
+                    return await handler(request)
+                async with request.form(max_files=FIELDS, max_fields=FIELDS) as form:
                     request.state.form = form
-                    request.state.csrf = token if isinstance(token, str) else ""
-                return await handler(request)
+                    request.state.csrf = field(form, "csrf")
+                    return await handler(request)
             except RequestValidationError:
                 error = ServiceError(404, "page", expected="a page of this server", found="none of this address")
                 return problem_page(request, error)

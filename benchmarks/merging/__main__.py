@@ -1,0 +1,134 @@
+"""Do mechanism-aware recipes beat what people merge with today, and their own controls? `python -m benchmarks.merging`.
+
+    python -m benchmarks.merging --folder DIR --family conflict               # the first wave of one family, then its second
+    python -m benchmarks.merging --folder DIR --family conflict --seed 0 --only policies --only shuffles --minutes 50
+    python -m benchmarks.merging --folder DIR --plan                          # what is done, what is left, how long it takes
+    python -m benchmarks.merging --folder DIR --report [--save]               # figures, tables, goals of what is finished
+
+Three families of experts (families.py) with three training seeds each; every baseline at the best setting of a stated sweep
+(arms.py), which is chosen on the develop split; every policy with its controls at the same shares; fine-tuning of the sum with
+equal information (tuning.py). What counts is the retained gain on the test split, 396 prompts a model (492 with JSON), with
+intervals over topics and seeds (gains.py). Nothing is chosen on test.
+
+Goals: on `conflict` the headline policy (`rounds`, said beforehand) retains ≥ .9 on average, and its mean and minimum are ≥ 10
+points above those of the baselines that are best on develop by the mean and by the minimum; on `mild` the lower end of its
+difference to the best baseline is ≥ −5 points; shuffles of equal shares are ≥ 10 points below it (lower end); every policy at
+10, 25 and 50 % is above each of its controls (lower end above 0); and the headline policy above fine-tuning with equal
+information. A figure that is not there yet is a goal that is missed.
+
+A call goes on where an earlier one stopped, at the batch; the folder keeps everything but the merges (about 25 MB of answers
+and 10 MB of adapters and measurements a seed, 1.1 GB while a seed's fine-tunings wait for their test).
+
+PLACEHOLDER
+`--quick` (a few minutes on two cores) has a dozen prompts and two settings; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from benchmarks.common import finish
+from benchmarks.merging.arms import missing
+from benchmarks.merging.families import FAMILIES
+from benchmarks.merging.report import report
+from benchmarks.merging.steps import STEPS, expected, finished, hours, tasks
+from benchmarks.merging.study import FULL, QUICK, Paused, Sizes, Study
+from mechmerge.artifacts import lock
+from mechmerge.cli.common import LineProgress, set_threads
+
+SEEDS = (0, 1, 2)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="One family and seed, a dozen prompts; the figures mean nothing.")
+@click.option("--save", is_flag=True, help="Keep the figures, and the report beside them, under benchmarks/results/.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where everything is kept; a call that was stopped goes on.")
+@click.option("--family", "families", multiple=True, type=click.Choice(tuple(FAMILIES)), help="Can be given again.")
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), help="Of the experts; can be given again.  [0, 1, 2]")
+@click.option("--only", multiple=True, type=click.Choice(STEPS), help="A step; can be given again.")
+@click.option("--minutes", type=click.FloatRange(0), help="Begin nothing new after so long.")
+@click.option("--report", "reported", is_flag=True, help="Only report what is finished.")
+@click.option("--plan", "planned", is_flag=True, help="Only say what is done and what is left.")
+@click.option("--threads", type=click.IntRange(1))
+def main(
+    quick: bool,
+    save: bool,
+    folder: Path | None,
+    families: tuple[str, ...],
+    seeds: tuple[int, ...],
+    only: tuple[str, ...],
+    minutes: float | None,
+    reported: bool,
+    planned: bool,
+    threads: int | None,
+) -> None:
+    """Compare merges, in pieces if need be."""
+    set_threads(threads)
+    if folder is None and not quick:
+        raise click.UsageError("the whole takes many hours: name a --folder that keeps what is done")
+    sizes = QUICK if quick else FULL
+    families = families or (("conflict",) if quick else tuple(FAMILIES))
+    seeds = seeds or ((0,) if quick else SEEDS)
+    with tempfile.TemporaryDirectory() as scratch:
+        home = (folder or Path(scratch)) / ("quick" if quick else "full")
+        if planned:
+            plan(home, sizes, families, seeds, only)
+            return
+        whole = reported or work(home, sizes, families, seeds, only, minutes)
+        if not whole or (only and not reported):
+            print(f"kept in {home}; the same call goes on, --plan says what is left")
+            return
+        figures, goals = report(home, sizes, families, seeds, save, quick)
+    finish("merging", figures, goals, save, quick)
+
+
+def work(
+    home: Path,
+    sizes: Sizes,
+    families: Sequence[str],
+    seeds: Sequence[int],
+    only: Sequence[str],
+    minutes: float | None,
+) -> bool:
+    """Does the steps in their order; False where the time was over before all were done."""
+    progress = LineProgress()
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    studies: dict[tuple[str, int], Study] = {}
+    if missing():
+        progress.note(f"this version has no {', '.join(missing())}: left out")
+    with lock(home / ".lock", f"benchmark in {home}"), suppress(Paused):
+        for task in tasks(families, seeds, only):
+            progress.note(f"▶ {task.family}, seed {task.seed}: {task.name}")
+            key = task.family, task.seed
+            studies[key] = studies.get(key) or Study(*key, home, sizes, progress, deadline)
+            task.work(studies[key])
+        return True
+    return False
+
+
+def plan(home: Path, sizes: Sizes, families: Sequence[str], seeds: Sequence[int], only: Sequence[str]) -> None:
+    """Prints, for every step, what is done of how much, and what the rest takes on two free cores."""
+    whole: Counter[str] = Counter()
+    left = 0.0
+    print(f"{'family':10s} {'seed':>4s}  {'step':10s} {'done':>9s}  hours left of")
+    for task in tasks(families, seeds, only):
+        units = expected(task, sizes)
+        done, total = finished(Study(task.family, task.seed, home, sizes), task.name)
+        rest = hours(units) * (1 - done / total if total else 0)
+        left, whole = left + rest, whole + Counter(units)
+        print(f"{task.family:10s} {task.seed:4d}  {task.name:10s} {done:4d}/{total:4d}  {rest:5.2f}  {hours(units):5.2f}")
+    print(", ".join(f"{count} × {name}" for name, count in whole.items()))
+    print(f"{hours(dict(whole)):.1f} hours on two free cores, {left:.1f} of them left")
+    if missing():
+        print(f"not in this version, and not counted: {', '.join(missing())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The models that are compared: baselines with the sweep that their settings are chosen from, policies, and their controls.
+
+What the installed mechmerge lacks is left out here and told in the report, so that the benchmark runs beside policies that
+are still being written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mechmerge.pipeline.schema import PARAMETERS
+from mechmerge.recipe.compile import BASELINES, CONTROLS, POLICIES, compile_recipe
+
+Kind = Literal["baseline", "policy", "control"]
+Measured = Literal["effects", "rounds", "scores", "solution"]
+WITHIN = "within"
+BUDGETS = (0.1, 0.25, 0.5)
+"""Shares of each expert's head, KV and neuron parameters."""
+SHUFFLES = 5
+TELLING = ("rounds", "conflict")
+"""The policies of the telling wave, the headline policy first: chosen before any test prompt was answered."""
+HEADLINE = TELLING[0]
+WANTED = ("weighted", "solve", "della", "breadcrumbs", "sce", "model-stock", WITHIN)
+"""What the issue asks for beside what was there from the start."""
+MEASURED: dict[str, Measured] = {
+    "rounds": "rounds",
+    "conflict": "effects",
+    "solve": "solution",
+    "top": "scores",
+    "weighted": "scores",
+}
+"""What policies are made from."""
+
+WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LESS = (0.3, 0.5, 0.7)
+"""Task arithmetic with one expert at less than the others' 1."""
+DENSITIES = (0.2, 0.5, 0.8)
+GRIDS: dict[str, dict[str, tuple[float | bool, ...]]] = {
+    "task-arithmetic": {"weight": WEIGHTS},
+    "linear": {},
+    # TIES and DELLA divide by the weights, so that a common one cancels; their own scale is lambda.
+    "ties": {"density": DENSITIES, "lambda": (0.7, 1.0, 1.4)},
+    "dare-ties": {"density": DENSITIES, "weight": (0.4, 0.7, 1.0)},
+    "della": {"density": (0.3, 0.6), "lambda": (0.7, 1.0, 1.4)},
+    "breadcrumbs": {"density": (0.5, 0.9), "weight": (0.4, 0.7, 1.0)},
+    "sce": {"topk": (0.1, 0.5, 1.0)},
+    "model-stock": {"filter_wise": (False, True)},
+}
+"""What is swept on the develop split, for each baseline; a baseline that is not here has one setting, its default."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that is made of the experts, and what it is called."""
+
+    name: str
+    kind: Kind
+    policy: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    like: str | None = None
+    """For a control: the name of the arm whose shares it copies."""
+    within: str | None = None
+    """The name of the arm whose coefficients a baseline works inside."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of single experts, in the place of a baseline's common one."""
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of mergekit's method beside those that the policy knows."""
+
+    @property
+    def measured(self) -> Measured | None:
+        """What its recipe is made from, beside other recipes and the models."""
+        return MEASURED.get(self.policy)
+
+
+def _named(policy: str, settings: Mapping[str, float]) -> str:
+    return "_".join([policy, *(f"{key}-{value:g}" for key, value in settings.items())])
+
+
+def sweep(experts: Sequence[str], seed: int, few: bool = False) -> list[Arm]:
+    """The settings of every baseline.
+
+    Args:
+        experts: names of the experts.
+        seed: of baselines that draw at random.
+        few: task arithmetic at two weights alone, to try the benchmark out.
+    """
+    if few:
+        return [_baseline("task-arithmetic", {"weight": weight}, seed) for weight in (0.5, 1.0)]
+    arms = []
+    for policy in BASELINES:
+        grid = GRIDS.get(policy, {})
+        arms += [_baseline(policy, dict(zip(grid, values, strict=True)), seed) for values in itertools.product(*grid.values())]
+    for expert, weight in itertools.product(experts, LESS):
+        weights = dict.fromkeys(experts, 1.0) | {expert: weight}
+        arms.append(Arm(_named("task-arithmetic", {expert: weight}), "baseline", "task-arithmetic", weights=weights))
+    for expert in experts:
+        weights = dict.fromkeys(experts, 1.0) | {expert: 0.5}
+        arms.append(Arm(_named("linear", {expert: 0.5}), "baseline", "linear", weights=weights))
+    return arms
+
+
+def _baseline(policy: str, settings: dict[str, float], seed: int) -> Arm:
+    known = PARAMETERS[policy]
+    return Arm(
+        _named(policy, settings),
+        "baseline",
+        policy,
+        {key: value for key, value in settings.items() if key in known},
+        seed,
+        whole={key: value for key, value in settings.items() if key not in known},
+    )
+
+
+def telling() -> list[Arm]:
+    """The policies that are looked at first."""
+    return [Arm(policy, "policy", policy) for policy in TELLING]
+
+
+def others() -> list[Arm]:
+    """All other policies, those that have a budget at each budget, and baselines inside the headline policy's coefficients."""
+    arms: list[Arm] = []
+    for policy in POLICIES:
+        if policy in (*BASELINES, *CONTROLS, *TELLING):
+            continue
+        if "budget" in PARAMETERS.get(policy, ()):
+            arms += [Arm(_named(policy, {"budget": budget}), "policy", policy, {"budget": budget}) for budget in BUDGETS]
+        else:
+            arms.append(Arm(policy, "policy", policy))
+    if _has_within():
+        arms += [Arm(f"{policy}.within.{HEADLINE}", "policy", policy, within=HEADLINE) for policy in ("ties", "dare-ties")]
+    return arms
+
+
+def _has_within() -> bool:
+    return WITHIN in inspect.signature(compile_recipe).parameters
+
+
+def missing() -> list[str]:
+    """What the issue asks for and this version lacks."""
+    held = {*POLICIES, *((WITHIN,) if _has_within() else ())}
+    return [name for name in WANTED if name not in held]
+
+
+def controls(arm: Arm, shuffles: int = SHUFFLES) -> dict[str, list[Arm]]:
+    """The controls of a policy, by role: the same shares of every layer, kind and expert, chosen without looking.
+
+    `shuffles` are drawn at random; `norm` draws are matched for the norm of the deltas as well; `magnitude` gives the largest
+    coefficients to the largest deltas. A baseline that works inside a recipe works inside the controls of that recipe.
+    """
+    if arm.within is not None:
+        inside = controls(Arm(arm.within, "policy", arm.within), shuffles)
+        names = [role.removesuffix(arm.within) + arm.name for role in inside]
+        made = [[_inside(arm, control) for control in drawn] for drawn in inside.values()]
+        return dict(zip(names, made, strict=True))
+    found = {f"shuffles of {arm.name}": list(_drawn(arm, "shuffle", {"per_layer": True}, shuffles))}
+    if (matched := norm_matched()) is not None:
+        found[f"norm-matched of {arm.name}"] = list(_drawn(arm, "norm", matched, shuffles))
+    magnitude = Arm(f"magnitude.like.{arm.name}", "control", "magnitude", {"per_layer": True}, like=arm.name)
+    return found | {f"magnitude of {arm.name}": [magnitude]}
+
+
+def _inside(arm: Arm, control: Arm) -> Arm:
+    return replace(arm, name=f"{arm.policy}.within.{control.name}", kind="control", within=control.name)
+
+
+def every() -> dict[str, Arm]:
+    """Policies and their controls by name: what a recipe may be like, or work inside."""
+    policies = [*telling(), *others()]
+    drawn = [arm for policy in policies if policy.within is None for made in controls(policy).values() for arm in made]
+    return {arm.name: arm for arm in (*policies, *drawn)}
+
+
+def norm_matched() -> dict[str, Any] | None:
+    """Parameters of the control `random` that also match the norm of the deltas; None where this version has none."""
+    return {"per_layer": True, "match_norms": True} if "match_norms" in PARAMETERS["random"] else None
+
+
+def _drawn(arm: Arm, name: str, parameters: dict[str, Any], count: int) -> Iterator[Arm]:
+    for seed in range(1, count + 1):
+        yield Arm(f"{name}-{seed}.like.{arm.name}", "control", "random", parameters, seed, like=arm.name)

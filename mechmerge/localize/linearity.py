@@ -1,0 +1,116 @@
+"""Do predicted changes come true? Effects are linear predictions, losses are not linear: this measures how far that matters.
+
+Masks leave components out of the sum: those that are predicted to harm most, under several weightings, of several kinds and
+experts, in several shares; and the same shuffled within every layer, kind and expert. For each the predicted change of every
+behaviour, Σ effect × change of coefficient, is held against the measured one. Slope and R² are those of the least-squares line
+of measured on predicted changes over all masks (ours).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mechmerge.localize.calibration import Calibration, Point
+from mechmerge.localize.effect_file import Line, Linearity
+from mechmerge.localize.proposal import Units, drop, everything
+from mechmerge.models.components import UNIT_KINDS
+
+Array = np.ndarray
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""Shares of the components inside that are left out."""
+
+
+def weightings(behaviors: int) -> list[tuple[float, ...]]:
+    """Weights of the behaviours against one another: all alike, each alone, and the first twice."""
+    alone = [tuple(float(r == b) for r in range(behaviors)) for b in range(behaviors)] if behaviors > 1 else []
+    return [(1.0,) * behaviors, *alone, *([(2.0,) + (1.0,) * (behaviors - 1)] if behaviors > 1 else [])]
+
+
+def chosen(
+    calibration: Calibration, values: Mapping[str, Array], counts: Array, inside: Mapping[str, Array]
+) -> Iterator[tuple[str, Units]]:
+    """Masks that leave out, of what is inside, the share that is predicted to harm most, each with its name.
+
+    Args:
+        calibration: the models and behaviours.
+        values: effects of every example, [E, n, layers, units] each.
+        counts: what a unit of each behaviour's value counts, [R].
+        inside: coefficients that the masks start from, [E, layers, units] each.
+    """
+    names = tuple(calibration.experts)
+    told = weightings(len(counts))
+    for weight, where, share in itertools.product(told, ("all", "neuron", *names), SHARES):
+        if where != "all" and weight != told[0]:
+            continue
+        row = (np.array(weight) * counts) @ calibration.weights()
+        mask: Units = {}
+        for kind in UNIT_KINDS:
+            score = np.einsum("n,enlu->elu", row, values[kind])
+            score = np.where(inside[kind] > 0, score, np.inf)
+            if (where == "neuron" and kind != "neuron") or kind == "kv":  # few and large: left in
+                score[:] = np.inf
+            for e, name in enumerate(names):
+                if where in names and where != name:
+                    score[e] = np.inf
+            count = int(share * np.isfinite(score).sum())
+            worst = np.zeros(score.size, bool)
+            worst[np.argsort(score, axis=None, kind="stable")[:count]] = True
+            mask[kind] = (inside[kind] * ~worst.reshape(score.shape)).astype(np.float32)
+        yield f"{':'.join(f'{w:g}' for w in weight)} {where} {share:g}", mask
+
+
+def shuffled(mask: Mapping[str, Array], inside: Mapping[str, Array], seed: int) -> Units:
+    """As many components left out of each layer, kind and expert, drawn from what is inside."""
+    draw = np.random.default_rng(seed)
+    result = {kind: array.copy() for kind, array in mask.items()}
+    for kind, array in result.items():
+        for e, layer in np.ndindex(array.shape[:2]):
+            held = np.flatnonzero(inside[kind][e, layer])
+            array[e, layer, held] = draw.permutation(array[e, layer, held])
+    return result
+
+
+def masks_of(
+    calibration: Calibration, values: Mapping[str, Array], counts: Array, inside: Mapping[str, Array], most: int | None = None
+) -> list[Units]:
+    """Chosen masks, each followed by its shuffle; evenly thinned to `most` where there are more."""
+    made = [mask for _, mask in chosen(calibration, values, counts, inside)]
+    if most is not None and 2 * len(made) > most:
+        made = [made[i] for i in np.linspace(0, len(made) - 1, max(most // 2, 2)).round().astype(int)]
+    return [each for i, mask in enumerate(made) for each in (mask, shuffled(mask, inside, i))]
+
+
+def line(predicted: Sequence[float] | Array, measured: Sequence[float] | Array) -> tuple[float, float]:
+    """Slope and R² of the least-squares line of `measured` on `predicted`; 0 and 0 where either does not vary."""
+    x, y = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if x.std() == 0 or y.std() == 0:
+        return 0.0, 0.0
+    return float(np.cov(x, y)[0, 1] / x.var(ddof=1)), float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def check_linearity(calibration: Calibration, values: Mapping[str, Array], counts: Array, masks: int) -> Linearity:
+    """Holds predicted changes against measured ones around the sum.
+
+    Args:
+        calibration: the models and behaviours.
+        values: effects of every example, [E, n, layers, units] each.
+        counts: what a unit of each behaviour's value counts, [R].
+        masks: masks to be measured at most, shuffled ones among them (four at least).
+    """
+    start, weights = everything(calibration), calibration.weights()
+    inside = dict(start.units or {})
+    at = calibration.losses(start, "the sum")
+    made = masks_of(calibration, values, counts, inside, masks)
+    predicted, measured = np.zeros((2, len(made), len(calibration.rows)))
+    for number, mask in enumerate(made):
+        there = calibration.losses(Point(start.rest, mask), f"mask {number + 1} of {len(made)}")
+        measured[number] = weights @ (there - at)
+        predicted[number] = -drop(calibration, values, {kind: mask[kind] - inside[kind] for kind in UNIT_KINDS})
+    lines = {}
+    for r, row in enumerate(calibration.rows):
+        slope, r2 = line(predicted[:, r], measured[:, r])
+        lines[row.name] = Line(slope=slope, r2=r2, largest=float(np.abs(measured[:, r]).max()))
+    return Linearity(masks=len(made), lines=lines)

@@ -1,0 +1,105 @@
+"""What a merge would change next: components whose effect where it stands asks for it, and their effects on the way there.
+
+At a merge, a component that is in and harms, or is out and would help, on both halves of the calibration prompts, is proposed
+to be turned over; effects are then integrated along the short path from the merge to the proposal. Rounds (localize/rounds.py)
+decide by them, effects from the sum (localize/effects.py) are these, and linearity (localize/linearity.py) is theirs (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from mechmerge.localize.calibration import Calibration, Point
+from mechmerge.localize.integrals import gauss_legendre, integrate
+from mechmerge.models.components import UNIT_KINDS
+
+Array = np.ndarray
+CUTS = (0.0, 0.5, 1.0)
+"""Of a short path; two Gauss-Legendre nodes between each."""
+NODES = tuple(t for piece in pairwise(CUTS) for t in gauss_legendre(*piece))
+"""Points of a short path at which gradients are taken."""
+Units = dict[str, Array]
+"""head, kv, neuron → float32 [experts, layers, units]."""
+
+
+class Proposal(NamedTuple):
+    """What is proposed at a merge."""
+
+    wanted: dict[str, Array]
+    """kind → bool [E, layers, units]: what would be turned over."""
+    point: Point
+    """The merge with it turned over."""
+    along: dict[str, Array]
+    """Effects of every example along the path from the merge to `point`: kind → float32 [E, n, layers, units]."""
+
+
+def everything(calibration: Calibration) -> Point:
+    """The sum of all experts, with a coefficient for every unit."""
+    arch, experts = calibration.checkpoint.arch, len(calibration.experts)
+    ones: Units = {kind: np.ones((experts, arch.layers, arch.units(kind)), np.float32) for kind in UNIT_KINDS}
+    return Point((1.0,) * experts, ones)
+
+
+def per_nat(calibration: Calibration, gains: Array) -> Array:
+    """What one unit of each behaviour's value counts, [R]: its weight, divided by its own expert's gain where it has an expert.
+
+    A protected behaviour has no expert and no gain: a nat of damage to it counts as much as `weight` whole own gains do.
+    """
+    rows = calibration.rows
+    return np.array([row.weight / (1.0 if row.protected else gain) for row, gain in zip(rows, gains, strict=True)])
+
+
+def propose(calibration: Calibration, current: Point, counts: Array, label: str) -> Proposal:
+    """What the gradients at a merge ask for, and the effects on the way there.
+
+    Args:
+        calibration: the models and behaviours.
+        current: the merge, with coefficients 0 or 1 of every unit.
+        counts: what a unit of each behaviour's value counts, [R].
+        label: what the merge is called.
+    """
+    units = dict(current.units or {})
+    wanted = agreed(calibration, calibration.gradients(current, label), counts, switch(units))
+    point = Point(current.rest, turned_over(units, wanted))
+    parts = [integrate(calibration, current, point, a, b) for a, b in pairwise(CUTS)]
+    return Proposal(wanted, point, {kind: np.sum([part[kind] for part in parts], axis=0) for kind in parts[0]})
+
+
+def switch(units: Mapping[str, Array]) -> Units:
+    """The change that would turn each component over: −1 where it is in, +1 where it is out."""
+    return {kind: (1 - 2 * array).astype(np.float32) for kind, array in units.items()}
+
+
+def turned_over(units: Mapping[str, Array], which: Mapping[str, Array]) -> Units:
+    """Coefficients with the given components turned over."""
+    return {kind: np.where(which[kind], 1 - array, array).astype(np.float32) for kind, array in units.items()}
+
+
+def agreed(
+    calibration: Calibration, values: Mapping[str, Array], counts: Array, direction: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Components for which the change in `direction` (0: none) helps on both halves: kind → bool [E, layers, units].
+
+    Args:
+        calibration: whose halves are meant.
+        values: effects of every example, [E, n, layers, units] each; positive lowers the loss as the coefficient rises.
+        counts: what a unit of each behaviour's value counts, [R].
+        direction: change of each coefficient.
+    """
+    halves = [counts @ calibration.weights(half) for half in (0, 1)]
+    found: dict[str, Array] = {}
+    for kind in UNIT_KINDS:
+        helps = [np.einsum("n,enlu->elu", half, values[kind]) * direction[kind] > 0 for half in halves]
+        found[kind] = helps[0] & helps[1]
+    return found
+
+
+def drop(calibration: Calibration, values: Mapping[str, Array], change: Mapping[str, Array], half: int | None = None) -> Array:
+    """Predicted drop of each behaviour's value, [R], for a change of coefficients (over one half of the prompts, if told)."""
+    per_example = sum(np.einsum("enlu,elu->n", values[kind], change[kind], dtype=np.float64) for kind in UNIT_KINDS)
+    found: Array = calibration.weights(half) @ per_example
+    return found

@@ -1,0 +1,1 @@
+"""Files that someone else wrote, damaged on purpose."""

@@ -1,0 +1,67 @@
+"""mergekit is one version, probed; its own tools run with our method registered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mechmerge.cli.mergekit import command
+from mechmerge.errors import InputError, MissingError
+from mechmerge.merge.mergekit_api import PARTS, probe, run_tool, tools
+from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.references import Model
+from mechmerge.recipe.emit import emit_masked
+from mechmerge.recipe.schema import read_recipe
+from tests.test_merge import check_formula, random_masks, written
+
+
+def test_the_installed_mergekit_has_everything() -> None:
+    probe()
+    assert len(PARTS) > 10
+
+
+def test_another_version_or_another_api_is_one_clear_line() -> None:
+    with pytest.raises(MissingError, match=r"^mergekit: expected version 9\.9; found 0\.1\.5; pip install mergekit==9\.9$"):
+        probe(version="9.9")
+    with pytest.raises(MissingError, match=r"^mergekit 0\.1\.5: expected mergekit\.graph:Nothing"):
+        probe({"mergekit.graph:Nothing": ()})
+    with pytest.raises(MissingError, match=r"^mergekit 0\.1\.5: expected mergekit\.nowhere:Executor"):
+        probe({"mergekit.nowhere:Executor": ()})
+    with pytest.raises(MissingError, match=r"mergekit\.graph:Executor with 'speed'"):
+        probe({"mergekit.graph:Executor": ("targets", "speed")})
+
+
+def test_mergekits_tools_are_found_and_others_refused() -> None:
+    assert {"yaml", "multi", "pytorch", "extract-lora"} <= tools().keys()
+    with pytest.raises(InputError, match=r"'nothing'.*yaml"):
+        run_tool("nothing", [])
+
+
+def test_a_masked_recipe_through_mergekits_own_tool(base: Model, expert: Model, tmp_path: Path) -> None:
+    """In a process of its own, as a user runs it."""
+    experts = {"e": expert}
+    file = written(tmp_path, base, experts, random_masks(base, experts))
+    (tmp_path / "masked.yaml").write_text(
+        emit_masked(read_recipe(file)[0], file, {"base": base.path, "e": expert.path}), "utf-8"
+    )
+    arguments = ["mergekit", "yaml", tmp_path / "masked.yaml", tmp_path / "out", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mechmerge.cli.main", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    check_formula(file, tmp_path / "out", base, experts, torch.bfloat16, "mergekit")
+    assert Checkpoint(tmp_path / "out").shapes == base.checkpoint().shapes
+
+
+def test_usage_errors_are_mergekits() -> None:
+    done = CliRunner().invoke(command, ["yaml", "--no-such-option"])
+    assert done.exit_code == 2
+    assert "no-such-option" in done.output
+    done = CliRunner().invoke(command, ["mergekit-yaml", "--help"])
+    assert done.exit_code == 0
+    assert "out_path" in done.output.lower()
