@@ -62,7 +62,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- a whole job
 BROKEN = {"name": "contains", "arguments": {"text": "\ufffd"}}
-"""What the plain sum of the tiny experts answers with; the base, its experts and the conflict merge say nothing but line breaks."""
+"""What the plain sum of the tiny experts answers with; base, experts and conflict merge say nothing but line breaks."""
 GATE = {"rules": [{"metric": "short", "at_least": 0.5}]}
 
 
@@ -166,7 +166,7 @@ def test_a_whole_job_as_a_person_does_it(browser: Browser, place: Place, picture
         tab(page, "Maps")
         open_all(page)
         heat = page.locator('[data-chart=units][data-kind=head][data-score="0"] .heat')
-        heat.hover(position={"x": 60, "y": 9})
+        heat.hover(position={"x": 90, "y": 9})
         assert re.match(r"L\d\.head\.0\n", page.locator("#tip").inner_text())
         heat.focus()
         for key in ("Home", "ArrowRight", "ArrowDown", "Enter"):
@@ -177,7 +177,7 @@ def test_a_whole_job_as_a_person_does_it(browser: Browser, place: Place, picture
         assert set(taken["conflict"]) <= {"× 0", "× 1"}
         assert page.url.endswith("?component=L1.head.1"), "the page can be shared as it is"
         assert "L1.head.1" in page.locator("#said").inner_text(), "a screen reader hears of it"
-        heat.click(position={"x": 60, "y": 9})
+        heat.click(position={"x": 90, "y": 9})
         expect(page.locator("#facts h3")).to_have_text(re.compile(r"L\d\.head\.0"))
 
         # The builder: the server says what each budget comes to.
@@ -557,6 +557,7 @@ def test_what_is_wrong_is_said_on_a_page(every: Shown, path: str, status: int, s
         ("policy=conflict&weighting=equal&agreement=no", "conflict", {"weighting": "equal", "agreement": False}),
         ("policy=conflict&weight.formats=3", "conflict", {"weighting": "own-gain", "agreement": True, "weight.formats": 3.0}),
         ("policy=ties&weight=0.5&density=0.4", "ties", {"weight": 0.5, "density": 0.4}),
+        ("policy=solve&budget=0.5&unproven=yes", "solve", {"budget": 0.5, "agreement": True, "unproven": True}),
     ],
 )
 def test_the_builder_says_what_the_recipe_says(guarded: Shown, query: str, policy: str, parameters: dict[str, Any]) -> None:

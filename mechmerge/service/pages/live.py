@@ -57,7 +57,9 @@ def board_of(request: Request, service: Service) -> Board:
 async def live(request: Request, identity: Reader, service: The, shown: Annotated[Shown, Query()] = "all") -> Response:
     """The first page of the list, now and whenever it changes."""
     return StreamingResponse(
-        _follow(request, service, board_of(request, service), shown), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+        _follow(request, service, board_of(request, service), shown),
+        media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
     )
 
 
