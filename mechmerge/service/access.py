@@ -51,7 +51,7 @@ def identify(
         found = service.tokens.identify(bearer.credentials)
     elif cookie is not None:
         found = service.tokens.in_session(cookie)
-        sent: str = request.headers.get(CSRF) or getattr(request.state, "csrf", "")
+        sent = request.headers.get(CSRF) or str(getattr(request.state, "csrf", ""))
         if (
             found is not None
             and request.method not in SAFE
