@@ -17,7 +17,8 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mechmerge.report.tables import printable, visible
+from mechmerge.errors import visible
+from mechmerge.report.tables import printable
 from mechmerge.service.pages.assets import address_of
 from mechmerge.service.tokens import LOCAL, Identity
 
