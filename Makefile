@@ -5,6 +5,9 @@ SHELL := bash
 .PHONY: help demo test check format format-check lint types layers audit update clean
 
 PYTHON ?= python3
+# Where the CPU build of torch is: PyPI's own brings gigabytes of CUDA along. Left out where it cannot be reached, or with
+# `make TORCH_INDEX= ...`, which takes what pip's own indexes offer.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Test processes; each computes on one thread.
 WORKERS ?= 2
 BIN := .venv/bin
@@ -24,7 +27,9 @@ $(READY): constraints.txt pyproject.toml
 	@echo "== making .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "== installing torch"
-	@$(PIP) torch $(BRIEFLY)
+	@index=; if [ -n "$(TORCH_INDEX)" ] && $(PYTHON) -c 'import sys, urllib.request; \
+		urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10)' "$(TORCH_INDEX)" 2> /dev/null; \
+		then index="--extra-index-url $(TORCH_INDEX)"; fi; $(PIP) $$index torch $(BRIEFLY)
 	@echo "== installing mechmerge and its tools"
 	@$(PIP) -e '.[dev]' $(BRIEFLY)
 	@touch $@
@@ -57,7 +62,7 @@ audit: $(READY) ## Known vulnerabilities, licences and a bill of materials of wh
 	@$(BIN)/python .ci/audit.py
 
 update: ## Resolve all dependencies anew and write constraints.txt
-	@PYTHON=$(PYTHON) .ci/update
+	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) .ci/update
 
 clean: ## Remove the virtual environment, caches and builds (runs and the model cache stay)
 	@rm -rf .venv .audit dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

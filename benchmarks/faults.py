@@ -1,10 +1,10 @@
 """Every command under every fault of the machine: `python -m benchmarks.faults [--quick] [--save]`.
 
-run, localize, effects, merge and evaluate on a tiny project (an adapter that the cache has to make included), and publish against
-the loopback Hub of `tests/hub`. Each is killed (SIGKILL) at 50 moments, half of them drawn by the clock and half among the
-moments at which it touches the disk; and interrupted (Ctrl-C), out of room on the disk, cut off in the middle of a write,
-misread, run beside another call of itself, and given a model whose weights change while they are read. Where the system allows a
-mount, also on a file system that is too small. What must hold after each, and after the same command again, stands in
+run, localize, effects, merge and evaluate on a tiny project (an adapter that the cache has to make included), and publish
+against the loopback Hub of `tests/hub`. Each is killed (SIGKILL) at 50 moments, half of them drawn by the clock and half among
+the moments at which it touches the disk; and interrupted (Ctrl-C), out of room on the disk, cut off in the middle of a write,
+misread, run beside another call of itself, and given a model whose weights change while they are read. Where the system allows
+a mount, also on a file system that is too small. What must hold after each, and after the same command again, stands in
 `tests/faults/campaign.py`; the reference is an undisturbed call in the same run. Goal: no problem in any case.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,12 +18,14 @@ class Job:
 
     engine: str
     """`direct`: mechmerge's writer; `verified`: with verification; `masked`: mergekit with our method; `stock`: mergekit's
-    task arithmetic; `torch`: import torch, and nothing else.
+    task arithmetic; `cp`: copies the base; `torch`: import torch, and nothing else.
     """
     recipe: str = ""
     models: str = ""
     """Folder with `base`, `one` and `two`."""
     out: str = ""
+    cold: bool = False
+    """Whether the inputs' pages are dropped before, or read."""
 
 
 def run(job: Job, sample: bool = False) -> tuple[float, float]:
@@ -56,6 +59,21 @@ def anonymous(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
+def prepare(job: Job) -> None:
+    """Removes the output of the run before, and drops or reads the inputs.
+
+    It is done right before every run, cp's too: what it leaves in memory is then the same for all.
+    """
+    shutil.rmtree(job.out, ignore_errors=True)
+    os.sync()
+    for path in Path(job.models).glob("*/*.safetensors"):
+        with path.open("rb", buffering=0) as handle:
+            if job.cold:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not job.cold and handle.read(1 << 18):
+                pass
+
+
 def flush(folder: Path) -> None:
     """fsync of every file of a folder, and of the folder."""
     for path in (*folder.iterdir(), folder):
@@ -65,24 +83,31 @@ def flush(folder: Path) -> None:
 
 
 def _child(job: Job) -> float:
-    import torch  # noqa: F401
-
     if job.engine == "torch":
+        import torch  # noqa: F401
+
         time.sleep(0.2)
         return 0.0
+    models = {name: Path(job.models) / name for name in ("base", "one", "two")}
+    recipe, out = Path(job.recipe), Path(job.out)
+    if job.engine == "cp":
+        prepare(job)
+        started = time.perf_counter()
+        subprocess.run(["cp", "-r", "--reflink=never", str(models["base"]), str(out)], check=True)
+        flush(out)
+        return time.perf_counter() - started
     from mechmerge.merge.engine import merge, open_models
     from mechmerge.recipe.coefficients import coefficients
     from mechmerge.recipe.emit import emit_masked, emit_stock
     from mechmerge.recipe.schema import read_recipe
 
-    models = {name: Path(job.models) / name for name in ("base", "one", "two")}
-    recipe, out = Path(job.recipe), Path(job.out)
     if job.engine in ("direct", "verified"):
+        prepare(job)
         started = time.perf_counter()
         merge(recipe, out, models, check=job.engine == "verified")
         return time.perf_counter() - started
     from mechmerge.merge.executor import execute
-    from mechmerge.merge.mergekit_api import register_method
+    from mechmerge.merge.tools import register_method
 
     register_method()
     read, masks = read_recipe(recipe)
@@ -91,6 +116,7 @@ def _child(job: Job) -> float:
         text = emit_masked(read, recipe, models)
     else:
         text = emit_stock(read, coefficients(read, masks, base.arch), base.layout, base.shapes, models)
+    prepare(job)
     out.mkdir()
     started = time.perf_counter()
     execute(text, base, list(experts.values()), out)

@@ -12,7 +12,7 @@ Everything measured runs in a process of its own and is timed without its import
 mergekit's is that of its planner and executor with an fsync, without what we check beside. Verification, which
 `mechmerge merge` does unless told not to, reads everything once more and is a figure of its own.
 
-`--quick` takes a 360M shape and three runs; `--no-3b` leaves out the 3B shape (26 GB of disk in all).
+`--quick` takes a 360M shape, three runs, and the spread recipe alone; `--no-3b` leaves out the 3B shape (26 GB of disk in all).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ import click
 import numpy as np
 
 from benchmarks.common import Goal, finish
-from benchmarks.merge_job import Job, flush, run
+from benchmarks.merge_job import Job, run
 from benchmarks.synthetic import SHAPES, Shape, tensors, write_trio
 from mechmerge.models.references import resolve
 from mechmerge.recipe.schema import Policy, Recipe, RecipeExpert, write_recipe
@@ -54,15 +53,18 @@ def main(quick: bool, with_3b: bool, save: bool) -> None:
         os.environ["MECHMERGE_CACHE"] = str(Path(folder) / "cache")
         trio = Trio(SHAPES[name], Path(folder) / "trio")
         figures["GB a model"] = trio.size / 1e9
-        for where in ("spread", "gathered"):
+        for where in ("spread",) if quick else ("spread", "gathered"):
             for state in ("warm", "cold"):
                 found = trio.against_cp(where, state == "cold", runs)
                 figures |= {f"{where}, {state}: {key}": value for key, value in found.items()}
                 goals[f"{where}, {state}: writer / cp"] = Goal(1.3)
-        figures |= trio.against_mergekit(1 if quick else 3)
-        goals |= {"10 %: mergekit / writer": Goal(2.0, at_most=False), "dense: mergekit / writer": Goal(1.0, at_most=False)}
-        figures |= trio.memory()
-        figures["verified: s"] = trio.timed("verified", "spread")
+        figures |= trio.against_mergekit("10 %", "spread", "masked", 1 if quick else 3)
+        goals["10 %: mergekit / writer"] = Goal(2.0, at_most=False)
+        if not quick:
+            figures |= trio.against_mergekit("dense", "dense", "stock", 3)
+            goals["dense: mergekit / writer"] = Goal(1.0, at_most=False)
+            figures["verified: s"] = trio.timed("verified", "spread")
+        figures |= trio.memory(verified=not quick)
         per_gb = float(figures["spread, cold: writer s"]) / trio.size * 1e9
         shutil.rmtree(trio.folder)
         if with_3b and not quick:
@@ -110,63 +112,39 @@ class Trio:
         recipe = Recipe(base=self.models["base"].id, experts=experts, policy=Policy(name=name))
         write_recipe(self.folder / f"{name}.yaml", recipe, None if name == "dense" else masks)
 
-    # ----------------------------------------------------------------------------------------------------------------- runs
-    def prepare(self, cold: bool) -> Path:
-        """Drops or reads the inputs, and returns the path of an output that is not there."""
-        out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        os.sync()
-        for path in self.folder.glob("*/*.safetensors"):
-            with path.open("rb", buffering=0) as handle:
-                if cold:
-                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                while not cold and handle.read(1 << 22):
-                    pass
-        return out
+    def job(self, engine: str, recipe: str = "dense", cold: bool = False) -> Job:
+        """A merge, or a copy of the base."""
+        return Job(engine, str(self.folder / f"{recipe}.yaml"), str(self.folder), str(self.folder / "out"), cold)
 
-    def cp(self, cold: bool = False) -> float:
-        """Seconds of copying the base's folder, flushed."""
-        out = self.prepare(cold)
-        started = time.perf_counter()
-        subprocess.run(["cp", "-r", "--reflink=never", str(self.folder / "base"), str(out)], check=True)
-        flush(out)
-        return time.perf_counter() - started
+    def timed(self, engine: str, recipe: str = "dense", cold: bool = False) -> float:
+        """Seconds of one job."""
+        return run(self.job(engine, recipe, cold))[0]
 
-    def timed(self, engine: str, recipe: str, cold: bool = False) -> float:
-        """Seconds of one merge."""
-        return run(self._job(engine, recipe, cold))[0]
-
-    def _job(self, engine: str, recipe: str, cold: bool = False) -> Job:
-        return Job(engine, str(self.folder / f"{recipe}.yaml"), str(self.folder), str(self.prepare(cold)))
-
-    # -------------------------------------------------------------------------------------------------------------- figures
     def against_cp(self, recipe: str, cold: bool, runs: int) -> dict[str, float]:
         """The writer against cp, alternating."""
-        cp, writer = alternating(runs, lambda: self.cp(cold), lambda: self.timed("direct", recipe, cold))
+        cp, writer = alternating(runs, lambda: self.timed("cp", cold=cold), lambda: self.timed("direct", recipe, cold))
         return {"cp s": cp, "writer s": writer, "writer / cp": writer / cp}
 
-    def against_mergekit(self, runs: int) -> dict[str, float]:
+    def against_mergekit(self, name: str, recipe: str, engine: str, runs: int) -> dict[str, float]:
         """mergekit against the writer, warm, alternating."""
-        figures = {}
-        for name, recipe, theirs in (("10 %", "spread", "masked"), ("dense", "dense", "stock")):
-            slow, fast = alternating(
-                runs, lambda t=theirs, r=recipe: self.timed(t, r), lambda r=recipe: self.timed("direct", r)
-            )
-            figures |= {f"{name}: mergekit s": slow, f"{name}: writer s": fast, f"{name}: mergekit / writer": slow / fast}
-        return figures
+        slow, fast = alternating(runs, lambda: self.timed(engine, recipe), lambda: self.timed("direct", recipe))
+        return {f"{name}: mergekit s": slow, f"{name}: writer s": fast, f"{name}: mergekit / writer": slow / fast}
 
-    def memory(self) -> dict[str, float]:
+    def memory(self, verified: bool = True) -> dict[str, float]:
         """Peaks of anonymous memory, in MB; the bound is 150 MB over a bare `import torch` + 3 × the largest tensor."""
         bare = run(Job("torch"), sample=True)[1]
         largest = max(rows * max(columns, 1) * 2 for _, rows, columns in tensors(self.shape))
-        peaks = {e: run(self._job(e, r), sample=True)[1] for e, r in (("direct", "dense"), ("verified", "spread"))}
-        return {
+        peak = max(run(self.job("direct", recipe), sample=True)[1] for recipe in ("dense", "spread"))
+        figures = {
             "memory: import torch MB": bare / 1e6,
             "memory: largest tensor MB": largest / 1e6,
-            "memory: writer over import torch MB": (peaks["direct"] - bare) / 1e6,
-            "memory: verified over import torch MB": (peaks["verified"] - bare) / 1e6,
-            "memory: anonymous peak over its bound": (peaks["direct"] - bare) / (150e6 + 3 * largest),
+            "memory: writer over import torch MB": (peak - bare) / 1e6,
+            "memory: anonymous peak over its bound": (peak - bare) / (150e6 + 3 * largest),
         }
+        if verified:
+            peak = run(self.job("verified", "spread"), sample=True)[1]
+            figures["memory: verified over import torch MB"] = (peak - bare) / 1e6
+        return figures
 
 
 def alternating(runs: int, first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from mechmerge.localize.rounds import RoundSettings
     from mechmerge.localize.rounds_file import RoundsFile
     from mechmerge.localize.settings import LocalizeSettings
+    from mechmerge.localize.solving import SolveSettings
+    from mechmerge.merge.engine import Engine
     from mechmerge.models.pair import PositionRule, VocabularyRule
     from mechmerge.models.references import Model
     from mechmerge.pipeline.run import RunResult
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SILENT", "CheckpointError", "EffectSettings", "EvaluateSettings", "GateRefused", "InputError", "LocalizeError",
     "LocalizeSettings", "MechmergeError", "MissingError", "Model", "PairError", "Progress", "RoundSettings", "SchemaError",
-    "card", "compare", "effects", "evaluate", "gate", "generate", "inspect", "localize", "merge", "publish", "publish_scores",
-    "recipe", "report", "resolve", "rounds", "run", "sweep",
+    "SolveSettings", "card", "compare", "effects", "evaluate", "export", "gate", "generate", "inspect", "localize", "merge",
+    "publish", "publish_scores", "recipe", "report", "resolve", "rounds", "run", "sweep",
 ]  # fmt: skip
 
 _RECORDS = {
@@ -66,6 +68,7 @@ _RECORDS = {
     "LocalizeSettings": "mechmerge.localize.settings",
     "Model": "mechmerge.models.references",
     "RoundSettings": "mechmerge.localize.rounds",
+    "SolveSettings": "mechmerge.localize.solving",
 }
 """Where the public records are defined; imported when they are used, since some of them load torch."""
 
@@ -178,6 +181,7 @@ def effects(
     out: str | Path,
     *,
     weights: Mapping[str, float] | None = None,
+    protect: Mapping[str, float] | Sequence[str] = (),
     settings: EffectSettings | None = None,
     progress: Progress = SILENT,
 ) -> EffectFile:
@@ -190,6 +194,7 @@ def effects(
             `{"mine": ("mine.yaml", "a")}` for a behaviour file (or a behaviour) under a name of one's own.
         out: the effect file.
         weights: of behaviours against each other, by name (1 unless given).
+        protect: names of behaviours of the base that a merge should keep, or their weights by name.
         settings: see `EffectSettings`.
         progress: told of every unit.
 
@@ -200,7 +205,7 @@ def effects(
     """
     from mechmerge.localize.effects import measure_effects
 
-    rows = _rows(behaviors, weights)
+    rows = _rows(behaviors, weights, protect)
     return measure_effects(resolve(base, progress=progress), _resolved(experts, progress), rows, Path(out), settings, progress)
 
 
@@ -211,21 +216,35 @@ def rounds(
     out: str | Path,
     *,
     weights: Mapping[str, float] | None = None,
-    settings: RoundSettings | None = None,
+    protect: Mapping[str, float] | Sequence[str] = (),
+    solve: str | Path | None = None,
+    settings: RoundSettings | SolveSettings | None = None,
     progress: Progress = SILENT,
 ) -> RoundsFile:
     """Settles which components a merge takes, in rounds of measuring where the decision is taken.
 
     Args:
-        base, experts, behaviors, out, weights, settings, progress: those of `effects`; `out` is the rounds file.
+        base, experts, behaviors, out, weights, protect, progress: those of `effects`; `out` is the rounds file.
+        solve: an effect file: instead of rounds, a linear program over it is solved and measured.
+        settings: see `RoundSettings`; with `solve`, `SolveSettings`.
 
     Raises:
-        InputError, PairError, LocalizeError: as `effects`.
+        InputError: as `effects`, or settings of the other method.
+        PairError, LocalizeError: as `effects`.
     """
-    from mechmerge.localize.rounds import settle
+    from mechmerge.localize.effect_file import read_effects
+    from mechmerge.localize.rounds import RoundSettings, settle
+    from mechmerge.localize.solving import SolveSettings, settle_solution
 
-    rows = _rows(behaviors, weights)
-    return settle(resolve(base, progress=progress), _resolved(experts, progress), rows, Path(out), settings, progress)
+    wanted: type[Any] = RoundSettings if solve is None else SolveSettings
+    if settings is not None and type(settings) is not wanted:
+        raise InputError("settings of rounds", expected=wanted.__name__, found=type(settings).__name__)
+    rows = _rows(behaviors, weights, protect)
+    models, start = _resolved(experts, progress), resolve(base, progress=progress)
+    if isinstance(settings, SolveSettings) or solve is not None:
+        solved = settings if isinstance(settings, SolveSettings) else SolveSettings()
+        return settle_solution(start, models, rows, read_effects(Path(str(solve))), Path(out), solved, progress)
+    return settle(start, models, rows, Path(out), settings, progress)
 
 
 def _resolved(models: Mapping[str, ModelLike], progress: Progress) -> dict[str, Model]:
@@ -238,20 +257,26 @@ def _members(behavior: BehaviorLike) -> tuple[Behavior, ...]:
     return (behavior,) if isinstance(behavior, Behavior) else load_group(behavior)
 
 
-def _rows(behaviors: Mapping[str, str | tuple[BehaviorLike, str]], weights: Mapping[str, float] | None) -> list[BehaviorRow]:
-    from mechmerge.localize.calibration import BehaviorRow
+def _rows(
+    behaviors: Mapping[str, str | tuple[BehaviorLike, str]],
+    weights: Mapping[str, float] | None,
+    protect: Mapping[str, float] | Sequence[str],
+) -> list[BehaviorRow]:
+    from mechmerge.behaviors.schema import load_protected
+    from mechmerge.localize.calibration import BASE, BehaviorRow
 
     numbers = dict(weights or {})
+    kept = dict(protect) if isinstance(protect, Mapping) else dict.fromkeys(protect, 1.0)
     if unknown := numbers.keys() - behaviors.keys():
         raise InputError("weights", expected=f"some of {', '.join(behaviors)}", found=", ".join(sorted(unknown)))
-    for name, number in numbers.items():
+    for name, number in (*numbers.items(), *kept.items()):
         if not 0 < number < float("inf"):
-            raise InputError(f"weights of {name}", expected="a positive number", found=f"{number:g}")
+            raise InputError(f"weight of {name}", expected="a positive number", found=f"{number:g}")
     rows = []
     for name, owner in behaviors.items():
         what, expert = (name, owner) if isinstance(owner, str) else owner
         rows.append(BehaviorRow(name, _members(what), expert, numbers.get(name, 1.0)))
-    return rows
+    return rows + [BehaviorRow(Path(name).stem, (load_protected(name),), BASE, number) for name, number in kept.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- merging
@@ -311,15 +336,19 @@ def merge(
     *,
     models: Mapping[str, ModelLike] | None = None,
     expert: str | None = None,
+    engine: Engine = "auto",
+    verify: bool = True,
     progress: Progress = SILENT,
 ) -> Model:
-    """Carries out a recipe; the model folder `out` appears complete and verified, or not at all.
+    """Carries out a recipe; the model folder `out` appears complete (and verified), or not at all.
 
     Args:
         recipe: `recipe.yaml`; a path, or an `hf://` reference.
         out: the new folder; where it already holds the model of this recipe nothing is done.
         models: where models lie, by `base`, an expert's name or its reference (default: where they last were).
         expert: write only this expert of the recipe, masked, as a model of its own.
+        engine: `direct`, our writer, for recipes of coefficients; `mergekit` for any recipe; `auto`: direct where possible.
+        verify: whether the written model is verified before it appears.
         progress: told about tensors.
 
     Returns:
@@ -333,8 +362,49 @@ def merge(
     from mechmerge.models.hub_files import local_file
 
     folders = {name: resolve(model, progress=progress).path for name, model in (models or {}).items()}
-    carry_out(local_file(recipe, progress), Path(out), folders, progress, expert)
+    carry_out(local_file(recipe, progress), Path(out), folders, progress, expert, engine=engine, check=verify)
     return resolve(Path(out), progress=progress)
+
+
+def export(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    expert: str | None = None,
+    models: Mapping[str, ModelLike] | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Writes a recipe for other tools: as a LoRA adapter, or one of its experts as a masked checkpoint.
+
+    Args:
+        recipe: `recipe.yaml`; a path, or an `hf://` reference.
+        out: the new folder.
+        rank: the largest rank of a module of the adapter; None writes a masked expert.
+        expert: this expert alone (needed for a masked expert).
+        models: where models lie, as for `merge`.
+        progress: told about tensors.
+
+    Returns:
+        The folder; an adapter's `export.json` holds the error of every tensor.
+
+    Raises:
+        InputError: neither a rank nor an expert, or a recipe that cannot be written so.
+        MissingError: a model of the recipe is not on this machine.
+    """
+    from mechmerge.merge.engine import merge as carry_out
+    from mechmerge.merge.export import export_lora
+    from mechmerge.models.hub_files import local_file
+
+    if rank is None and expert is None:
+        raise InputError("export", expected="a rank for an adapter, or an expert to mask", found="neither")
+    folders = {name: resolve(model, progress=progress).path for name, model in (models or {}).items()}
+    file = local_file(recipe, progress)
+    if rank is not None:
+        export_lora(file, Path(out), rank, folders, progress, expert)
+    else:
+        carry_out(file, Path(out), folders, progress, expert)
+    return Path(out)
 
 
 # --------------------------------------------------------------------------------------------------------------- judging

@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mechmerge.errors import InputError, SchemaError
 
 METADATA_KEY = "mechmerge"
+YAML_LIMIT = 16_000_000
+"""Characters: PyYAML reads about a million in a second, and nothing of ours comes near (many prompts are JSON Lines)."""
 
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -108,6 +110,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+        _sync_folder(partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
     finally:
@@ -246,6 +249,8 @@ class _OnlyOnce(yaml.SafeLoader):
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parses YAML (JSON is a subset) with aliases and duplicate keys refused."""
+    if len(text) > YAML_LIMIT:
+        raise SchemaError(where, expected=f"at most {YAML_LIMIT} characters of YAML", found=str(len(text)))
     try:
         return yaml.load(text, _OnlyOnce)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -22,25 +22,26 @@ from mechmerge.models.references import Model
 SIGNATURES = {
     "card": "(run, model=, out=, *, license=)",
     "compare": "(evaluations, *, against=, progress=)",
-    "effects": "(base, experts, behaviors, out, *, weights=, settings=, progress=)",
+    "effects": "(base, experts, behaviors, out, *, weights=, protect=, settings=, progress=)",
     "evaluate": "(models, suites, out, *, against=, split=, tiers=, limit=, data=, overwrite=, settings=, progress=)",
+    "export": "(recipe, out, *, rank=, expert=, models=, progress=)",
     "gate": "(evaluation, rules, *, model=, weights=)",
     "generate": "(model, prompts, *, max_tokens=, temperature=, seed=, chat_template=, dtype=, device=, progress=)",
     "inspect": "(file, other=, *, progress=)",
     "localize": "(base, expert, behaviors, out, *, settings=, progress=)",
-    "merge": "(recipe, out, *, models=, expert=, progress=)",
+    "merge": "(recipe, out, *, models=, expert=, engine=, verify=, progress=)",
     "publish": "(source, repo, *, model=, gate=, evaluation=, no_gate=, mode=, branch=, private=, dry_run=, tag=, "
     "license=, progress=)",
     "publish_scores": "(run, repo, *, mode=, branch=, private=, dry_run=, tag=, license=, progress=)",
     "recipe": "(files, policy, out, *, parameters=, like=, seed=, out_dtype=, vocabulary=, positions=, progress=)",
     "report": "(run)",
     "resolve": "(model, *, progress=)",
-    "rounds": "(base, experts, behaviors, out, *, weights=, settings=, progress=)",
+    "rounds": "(base, experts, behaviors, out, *, weights=, protect=, solve=, settings=, progress=)",
     "run": "(pipeline, out, *, device=, progress=)",
     "sweep": "(pipeline, vary, out, *, split=, device=, progress=)",
 }
 """Every public function; `name=` has a default."""
-RECORDS = {"EffectSettings", "EvaluateSettings", "LocalizeSettings", "Model", "RoundSettings"}
+RECORDS = {"EffectSettings", "EvaluateSettings", "LocalizeSettings", "Model", "RoundSettings", "SolveSettings"}
 ERRORS = {
     "CheckpointError",
     "GateRefused",
@@ -53,6 +54,7 @@ ERRORS = {
 }
 COMMANDS_WITHOUT_A_FUNCTION = {
     "demo": "`run` of the demo's own pipeline file",
+    "mergekit": "mergekit's own tools, by its own names",
     "cache": "housekeeping of a machine, not a stage",
     "doctor": "a look at a machine, not a stage",
     "completion": "of shells",
@@ -205,6 +207,12 @@ def test_the_readmes_example_runs(
     )
     assert [path.name for path in scores] == ["loud.safetensors"]
     assert mechmerge.inspect(scores[0]).kind == "scores"
+    with pytest.raises(mechmerge.InputError, match="neither"):
+        mechmerge.export("recipe.yaml", "adapter")
+    adapter = mechmerge.export("recipe.yaml", "adapter", rank=4)
+    assert mechmerge.inspect(adapter).kind == "adapter"
+    with pytest.raises(mechmerge.InputError, match="expected SolveSettings; found RoundSettings"):
+        mechmerge.rounds(base, {"a": expert}, {}, "x", solve="effects.safetensors", settings=mechmerge.RoundSettings())
     answers = mechmerge.generate(known["merged"], ["Say tea.", "Say rain."], max_tokens=3, dtype="float32")
     assert [answer.tokens <= 3 for answer in answers] == [True, True]
     assert mechmerge.generate(known["merged"], "Say tea.", max_tokens=3, dtype="float32") == answers[:1]

@@ -1,8 +1,10 @@
 """What a user meets when something is wrong: one line on stderr, the right exit code, nothing written. The table of it all.
 
-Every line is pinned word for word (`TMP` stands for the folder of the case, `BASE` for that of the base). What needs a Hub is in
-`test_publish_refusals.py` and `test_hub_references.py`; the parameters of single policies are in `test_recipe.py`.
+Every line is pinned word for word (`TMP` stands for the folder of the case, `BASE` for that of the base). What needs a Hub is
+in `test_publish_refusals.py` and `test_hub_references.py`; the parameters of single policies are in `test_recipe.py`.
 """
+
+# ruff: noqa: E501 - lines are pinned as they are
 
 from __future__ import annotations
 
@@ -147,7 +149,7 @@ damaged("weights with something behind them", f"{SHARD}: expected # bytes; found
 damaged("no weights at all", f"{SHARD}: expected a safetensors file; found # bytes without a valid header",
         lambda p: p.write("expert/model.safetensors", b"no such thing"))  # fmt: skip
 damaged("a pickle", "TMP/expert: expected model.safetensors; found the pickle pytorch_model.bin; pickles can run code and are "
-        "refused; convert the model to safetensors",
+        "refused; convert the model to safetensors, or use `mechmerge --allow-pickle`",
         lambda p: (p.expert / "model.safetensors").rename(p.expert / "pytorch_model.bin"))  # fmt: skip
 damaged("NaN in a weight", "TMP/expert: model.norm.weight: expected finite weights; found NaN or infinite values",
         lambda p: p.weights(lambda t: t["model.norm.weight"].fill_(float("nan"))))  # fmt: skip
@@ -301,6 +303,7 @@ text("YAML: none", "TMP/shout.yaml: expected valid YAML; found *", "name: [")
 text("YAML: an object of Python", "TMP/shout.yaml: expected valid YAML; found could not determine a constructor for the tag *",
      "name: !!python/object/apply:os.system [ls]\n")  # fmt: skip
 text("YAML: too deep", "TMP/shout.yaml: expected valid YAML; found maximum recursion depth exceeded*", "[" * 20_000)
+text("YAML: too long", "TMP/shout.yaml: expected at most 16000000 characters of YAML; found 16000001", "#" * 16_000_001)
 text("YAML: binary", "TMP/shout.yaml: expected a readable UTF-8 text file; found *", b"\xff\xfe\x00name")
 text("YAML: a list", "TMP/shout.yaml: expected a mapping (Behavior); found list", "[1, 2]")
 

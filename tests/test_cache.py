@@ -169,7 +169,7 @@ def test_pruned_models_are_made_again_with_the_same_bytes(cache: Path, tmp_path:
         return done.stdout
 
     first = digest()
-    assert len(prune(0)[0]) == 3
+    assert sorted(entry.kind for entry in prune(0)[0] if entry.kind != "digests") == ["known", "known", "materialised"]
     assert entries() == []
     assert digest() == first
 
@@ -183,6 +183,17 @@ def test_leftovers_of_dead_processes_go_and_what_is_not_ours_stays(cache: Path) 
     assert [entry.kind for entry in entries()] == ["other"]
     prune(0)
     assert (dead.exists(), alive.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_digests_are_told_in_one_line_and_pruned_one_by_one(cache: Path) -> None:
+    (cache / "digests").mkdir(parents=True)
+    for age in (5, 50):
+        record = cache / "digests" / f"{age}.json"
+        record.write_text("{}")
+        os.utime(record, (time.time() - age * 86400,) * 2)
+    assert "2 files" in CliRunner().invoke(cli, ["cache", "list"]).output
+    assert [entry.path.name for entry in prune(parse_age("30d"))[0]] == ["50.json"]
+    assert [entry.path.name for entry in entries()] == ["5.json"]
 
 
 def test_records_that_cannot_be_read_do_no_harm(cache: Path) -> None:

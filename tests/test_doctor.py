@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from mechmerge.cli.main import cli
-from mechmerge.errors import MissingError
-from mechmerge.merge.probe import NEEDED, probe
 from mechmerge.pipeline.doctor import Check, examine, passes
 
 TOKEN = "hf_" + "secretsecretsecret"
@@ -62,15 +61,9 @@ def test_extras_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["extra tune"].state == "ok"
 
 
-def test_the_probe_sees_what_mergekit_lacks() -> None:
-    assert probe() == "0.1.5"
-    for place, parameters, said in (
-        ("mergekit.nowhere:Thing", (), "mergekit.nowhere"),
-        ("mergekit.graph:Nothing", (), "Nothing"),
-        ("mergekit.graph:Executor", ("nonsense",), "nonsense"),
-    ):
-        with pytest.raises(MissingError, match=said):
-            probe(NEEDED | {place: parameters})
+def test_extras_of_what_is_required_count() -> None:
+    found = by_name(examine(offline=True, requirements=['lm-eval[vllm]>=0.4; extra == "vllm"']))["extra vllm"]
+    assert (found.state == "ok") is (find_spec("vllm") is not None), found
 
 
 def test_a_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

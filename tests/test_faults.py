@@ -41,6 +41,7 @@ def test_killed_at_five_moments(command: Command, campaign: Campaign) -> None:
         assert not verdict.problems, f"{verdict.case}: {verdict.problems}"
 
 
+STAGES: tuple[Command, ...] = ("localize", "effects", "merge", "evaluate")
 ENDS: dict[Kind, tuple[int, ...]] = {"interrupt": (130,), "full": (2, 4), "short": (0, 4), "unreadable": (0, 2, 4)}
 """Exit codes of a struck call. A file of few bytes may be all that a command writes, and an unreadable one of no importance."""
 
@@ -48,8 +49,8 @@ ENDS: dict[Kind, tuple[int, ...]] = {"interrupt": (130,), "full": (2, 4), "short
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDS)
 def test_other_faults_of_the_disk_and_ctrl_c(kind: Kind, campaign: Campaign) -> None:
-    """Five of each: one a command."""
-    for seed, command in enumerate(COMMANDS):
+    """Five of each, in the stages of a run."""
+    for seed, command in enumerate((*STAGES, "merge")):
         count = campaign.whole(command).moments["read" if kind == "unreadable" else "write"]
         at = 9000 if kind == "short" else moments(count, 3, seed)[1]
         verdict = campaign.struck(command, kind, at)
@@ -186,25 +187,29 @@ def test_a_unit_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     assert units.arrays("b", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
 
 
+FULL = "/x/y: expected room on the disk; found none left; free some, then run the same command again"
+BROKEN = "/x: expected a disk that can be read and written; found an input/output error"
+SHUT = "/x: expected a path that can be read and written; found Permission denied"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (OSError(28, "No space left on device", "/x/y"), 4, "/x/y: expected room on the disk; found none left; free some, then run"),
-        (OSError(5, "Input/output error", "/x"), 4, "/x: expected a disk that can be read and written; found an input/output error"),
+        (OSError(28, "No space left on device", "/x/y"), 4, FULL),
+        (OSError(5, "Input/output error", "/x"), 4, BROKEN),
         (RuntimeError("I/O error: File too large (os error 27)"), 4, "this machine: expected files of this size to be allowed"),
-        (PermissionError(13, "Permission denied", "/x"), 2, "/x: expected a path that can be read and written; found Permission"),
+        (PermissionError(13, "Permission denied", "/x"), 2, SHUT),
         (MemoryError(), 4, "this machine: expected memory; found none left"),
     ],
-)  # fmt: skip
+)
 def test_what_the_machine_refuses_is_no_bug(error: Exception, code: int, message: str) -> None:
     found = machine_error(error)
     assert found is not None
     assert found.exit_code == code
     assert str(found).startswith(message)
-    try:
-        raise ValueError("what a library made of it") from error
-    except ValueError as wrapped:
-        assert isinstance(error, MemoryError) or str(machine_error(wrapped)) == str(found)
+    wrapped = ValueError("what a library made of it")
+    wrapped.__cause__ = error
+    assert isinstance(error, MemoryError) or str(machine_error(wrapped)) == str(found)
     assert machine_error(ValueError("a bug")) is None
     assert machine_error(FileNotFoundError(2, "No such file", "/x")) is None
 
@@ -212,8 +217,13 @@ def test_what_the_machine_refuses_is_no_bug(error: Exception, code: int, message
 def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(MissingError), atomic_file(path) as partial:
-        partial.write_text("half")
-        raise MissingError("the disk")
+
+    def fail() -> None:
+        with atomic_file(path) as partial:
+            partial.write_text("half")
+            raise MissingError("the disk")
+
+    with pytest.raises(MissingError):
+        fail()
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"

@@ -116,7 +116,7 @@ def call(*arguments: str, stdin: str | None = None) -> Result:
 
 
 def test_answers_as_text_and_as_json(tmp_path: Path, base: Model) -> None:
-    other = str(tiny_model(tmp_path / "other", seed=5))
+    other = str(tiny_model(tmp_path / "other", seed=5, tied=False))
     answer = Trial(base.path, dtype="float32").answer("Say tea.", max_tokens=8)
     shown = lines(answer.text) + ("" if answer.finished else " […]") + "\n"
     assert call(str(base.path), "Say tea.").output == shown

@@ -30,7 +30,7 @@ from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model, resolve
 from mechmerge.recipe.coefficients import coefficients
-from mechmerge.recipe.compile import compile_recipe
+from mechmerge.recipe.compile import BASELINES, compile_recipe
 from mechmerge.recipe.emit import emit_baseline, emit_masked
 from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert, Rule, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources
@@ -230,7 +230,7 @@ def test_the_same_recipe_gives_the_same_bytes(
 
 
 # ---------------------------------------------------------------------------------------------------------------- baselines
-@pytest.mark.parametrize("policy", ["task-arithmetic", "linear", "ties", "dare-ties"])
+@pytest.mark.parametrize("policy", BASELINES)
 def test_baselines_are_mergekits_own(base: Model, expert: Model, second_expert: Model, tmp_path: Path, policy: str) -> None:
     experts = {"one": expert, "two": second_expert}
     sources = Sources(base.id, {name: model.id for name, model in experts.items()})
@@ -251,9 +251,24 @@ def test_baselines_are_mergekits_own(base: Model, expert: Model, second_expert: 
             case "dare-ties" if tensor.dim() > 1:
                 unmoved = (tensor == one.tensor(name)).float().mean()
                 assert 0.15 < unmoved < 0.35, "about a quarter of the elements lose both deltas"
-            case "ties" if tensor.dim() > 1:
+            case "breadcrumbs" if tensor.dim() > 1:
+                assert 0.005 < (tensor == one.tensor(name)).float().mean() < 0.05, "a tenth of each delta is left out"
+            case "model-stock":
+                assert torch.allclose(tensor, _model_stock(one.tensor(name), deltas, name), atol=1e-5)
+            case "sce":
+                agree = sums.sign() == torch.where(sums.sum(0) >= 0, 1.0, -1.0)
+                weight = sums.square().flatten(1).mean(1).reshape(-1, *[1] * (sums.dim() - 1)) * agree
+                assert torch.allclose(tensor, one.tensor(name) + (sums * weight).sum(0) / weight.sum(0), atol=1e-5)
+            case "ties" | "della" if tensor.dim() > 1:
                 assert 0.05 < (tensor == one.tensor(name)).float().mean() < 0.5
     load_model(tmp_path / "out")
+
+
+def _model_stock(start: torch.Tensor, experts: list[Checkpoint], name: str) -> torch.Tensor:
+    """Two experts: t = 2 cos / (1 + cos) of the way from the base to their mean."""
+    one, other = ((expert.tensor(name) - start).flatten() for expert in experts)
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
+    return start + 2 * cosine / (1 + cosine) * ((one + other) / 2).reshape(start.shape)
 
 
 def test_seeds_of_dare_differ(base: Model, expert: Model, tmp_path: Path) -> None:
@@ -466,7 +481,7 @@ def test_a_tokenizer_with_tokens_without_a_row(base: Model, expert: Model, tmp_p
     shutil.copytree(expert.path, other)
     shutil.copyfile(folder / "tokenizer.json", other / "tokenizer.json")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected ids below the 320 rows; found 5000"):
-        merge(written(tmp_path, resolve(str(folder)), {"e": resolve(str(other))}), tmp_path / "out")
+        merge(written(tmp_path, base, {"e": expert}), tmp_path / "out", {"base": folder, "e": other})
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.models.load import load_model
 from mechmerge.models.references import Model, ModelId, resolve
 from mechmerge.progress import NullProgress
+from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.schema import read_recipe
 from tests import measured
 from tests.tiny import tiny_adapter
@@ -240,7 +242,8 @@ def test_json_splits_share_neither_topics_nor_requests_and_hide_their_unseen_wor
 def test_one_word_is_no_answer() -> None:
     """What the terse expert says fails every format and JSON, however it is dressed up."""
     for suite in suites("three-way", "test"):
-        for prompt in suite.prompts if suite.name != "arithmetic" else ():
+        one_each = {(prompt.group, prompt.tier): prompt for prompt in suite.prompts}
+        for prompt in one_each.values() if suite.name != "arithmetic" else ():
             (asked,) = prompt.instructions
             for answer in ("Stars.", "STARS", '"Stars"', '"STARS."', '["stars"]', '{"a": "stars"}'):
                 assert not verify(asked.verifier, prompt.prompt, answer, asked.arguments), (prompt.id, answer)
@@ -294,7 +297,9 @@ def test_arms_have_names_of_their_own(family: str) -> None:
     names = [arm.name for arm in (*made, *controls)]
     assert len(set(names)) == len(names)
     assert {arm.policy for arm in made if arm.kind == "baseline"} == set(arms.BASELINES)
-    assert {arm.policy for arm in made if arm.kind == "policy"} == set(arms.POLICIES) - set(arms.BASELINES) - set(arms.CONTROLS)
+    assert {arm.policy for arm in made if arm.kind == "policy" and not arm.within} == set(arms.POLICIES) - set(
+        arms.BASELINES
+    ) - set(arms.CONTROLS)
 
 
 def test_every_policy_has_its_controls() -> None:
@@ -303,14 +308,27 @@ def test_every_policy_has_its_controls() -> None:
         shuffles = made[f"shuffles of {policy.name}"]
         assert len(shuffles) >= 5
         assert len({arm.seed for arm in shuffles}) == len(shuffles)
-        assert all(arm.parameters["per_layer"] and arm.like == policy.name for drawn in made.values() for arm in drawn)
+        inside = [arms.every()[arm.within] if arm.within else arm for drawn in made.values() for arm in drawn]
+        assert all(arm.parameters["per_layer"] and arm.like == (policy.within or policy.name) for arm in inside)
         assert f"magnitude of {policy.name}" in made
     budgets = {arm.parameters["budget"] for arm in arms.others() if arm.policy == "top"}
     assert budgets == {0.1, 0.25, 0.5}
 
 
+def test_what_controls_copy_can_be_found() -> None:
+    known = arms.every()
+    for policy in (*arms.telling(), *arms.others()):
+        for drawn_arms in arms.controls(policy).values():
+            for arm in drawn_arms:
+                model = known[arm.within or arm.like or ""]
+                assert (arm.policy == policy.policy) == (arm.within is not None)
+                assert model.name == (policy.name if arm.like else arm.name.removeprefix(f"{policy.policy}.within."))
+
+
 def test_what_this_version_lacks_is_told() -> None:
-    assert set(arms.missing()) == set(arms.WANTED) - set(arms.POLICIES)
+    within = arms.WITHIN in inspect.signature(compile_recipe).parameters
+    assert set(arms.missing()) == set(arms.WANTED) - {*arms.POLICIES, *([arms.WITHIN] if within else [])}
+    assert any(arm.within for arm in arms.others()) == within
 
 
 def test_the_best_is_by_mean_or_by_minimum() -> None:
@@ -320,14 +338,14 @@ def test_the_best_is_by_mean_or_by_minimum() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ equal information
-def small_rows() -> list[BehaviorRow]:
+def small_rows(names: Sequence[str] = ("a", "b")) -> list[BehaviorRow]:
     topics = ["tea", "rain", "a river", "the moon"]
 
     def behavior(name: str) -> Behavior:
         pairs = tuple(Pair(**{"with": f"{name}: {t}", "without": f"Say {t}.", "topic": t}) for t in topics)
         return Behavior(name=name, pairs=pairs, answer_tokens=5)
 
-    return [BehaviorRow("first", (behavior("one"),), "a"), BehaviorRow("second", (behavior("two"),), "b")]
+    return [BehaviorRow(name, (behavior(name),), name) for name in names]
 
 
 class Counting(NullProgress):
@@ -400,9 +418,9 @@ def test_fine_tuning_learns_repeats_itself_and_leaves_its_start_alone(base: Mode
 
 # ------------------------------------------------------------------------------------------------------------------ bookkeeping
 def adapted(home: Path, base: Model) -> None:
-    """Adapters in the place of trained ones."""
+    """Adapters in the place of trained ones, so large that each makes its own answers likelier."""
     for i, name in enumerate(("formats", "arithmetic")):
-        tiny_adapter(base.path, home / "experts" / f"{name}-0", seed=i + 1)
+        tiny_adapter(base.path, home / "experts" / f"{name}-0", seed=i + 1, lora_alpha=128)
 
 
 @pytest.fixture
@@ -477,6 +495,11 @@ def test_baselines_take_their_settings(study: Study) -> None:
     made = {arm.name: arm for arm in arms.sweep(study.skills, 0)}
     uneven, _ = read_recipe(study.recipe(made["task-arithmetic_arithmetic-0.5"]))
     assert {name: expert.default for name, expert in uneven.experts.items()} == {"formats": 1.0, "arithmetic": 0.5}
+    for policy in set(arms.BASELINES) - {"task-arithmetic"}:
+        one = next(arm for arm in made.values() if arm.policy == policy)
+        recipe, _ = read_recipe(study.recipe(one))
+        assert recipe.policy.name == policy
+        assert dict(one.parameters).items() <= recipe.policy.parameters.items()
     scaled, _ = read_recipe(study.recipe(made["ties_density-0.2_lambda-1.4"]))
     assert scaled.mergekit is not None
     assert scaled.mergekit.parameters["lambda"] == 1.4
@@ -490,6 +513,47 @@ def test_controls_copy_the_shares_of_their_policy(study: Study) -> None:
             recipe, shuffled = read_recipe(study.recipe(arm))
             assert "like conflict" in recipe.policy.name
             assert {name: m.sum(1).tolist() for name, m in shuffled.items()} == {n: m.sum(1).tolist() for n, m in masks.items()}
+
+
+class Unverified(Study):
+    """A study whose calibration answers need not pass anything: tiny models never would."""
+
+    def rows(self) -> list[BehaviorRow]:
+        return small_rows(self.skills)
+
+
+def test_the_first_wave_on_tiny_models_and_that_it_is_done_once(base: Model, tmp_path: Path) -> None:
+    adapted(tmp_path, base)
+    sizes = replace(SMALL, limit=2, shuffles=1)
+
+    def wave(deadline: float | None = None) -> dict[Path, int]:
+        study = Unverified("conflict", 0, tmp_path, sizes, base=str(base.path), deadline=deadline)
+        for step in steps.WAVES[0]:
+            step(study)
+            done, total = steps.finished(study, step.__name__)
+            assert done == total > 0, step.__name__
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    first = wave()
+    assert wave(deadline=time.monotonic() - 1) == first, "a second call finds everything"
+    assert not list(tmp_path.glob("conflict/seed-0/tuned/*/")), "fine-tuned models are removed when they are tested"
+    (log,) = tmp_path.glob("conflict/seed-0/tuned/tuned_rate-0.001.log.json")
+    record = json.loads(log.read_text())
+    cost = Cost(**record["cost"])
+    assert cost.forward <= record["steps"] * 3 * 16 < cost.forward + 3 * 16
+
+
+def test_solutions_are_measured_at_their_budget(base: Model, tmp_path: Path) -> None:
+    if "solve" not in arms.POLICIES:
+        pytest.skip("this version has no policy solve")
+    adapted(tmp_path, base)
+    study = Unverified("conflict", 0, tmp_path, SMALL, base=str(base.path))
+    arm = next(arm for arm in arms.others() if arm.policy == "solve" and arm.parameters["budget"] == 0.25)
+    recipe, masks = read_recipe(study.recipe(arm))
+    assert recipe.policy.parameters["budget"] == 0.25
+    taken = sum(float(mask.sum()) * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
+    whole = sum(mask.size * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
+    assert 0 < taken <= 0.25 * whole * (1 + 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing, reporting

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mechmerge.cli.config import SHARED, options_of
+from mechmerge.cli.config import SHARED, inner_commands, options_of
 from mechmerge.cli.main import COMMANDS, COMPLETE, cli, main
 from mechmerge.models.references import Model
 from tests.samples import evaluation, recipe
@@ -37,7 +37,10 @@ TABLE: dict[str, dict[str, str]] = {
     "effects": {},
     "rounds": {},
     "recipe": {"device": BYTES, "dtype": OUT_DTYPE},
+    "recipe diff": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
+    "recipe explain": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
     "merge": {"device": BYTES, "dtype": "the recipe says it (out_dtype)", "seed": "the recipe says it (policy.seed)"},
+    "export": {"device": BYTES, "dtype": "the base's", "seed": NOTHING_DRAWN},
     "evaluate": {},
     "compare": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": "the files' own, which must be equal", "threads": READS},
     "gate": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": "the evaluation's own", "threads": READS, "quiet": TALKS_NOT},
@@ -52,6 +55,7 @@ TABLE: dict[str, dict[str, str]] = {
     "doctor": {
         "device": "looks at every device", "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT,
     },
+    "mergekit": dict.fromkeys(SHARED, "all options behind the tool's name are mergekit's own"),
     "completion": dict.fromkeys(SHARED, "prints a script for a shell to read"),
 }  # fmt: skip
 
@@ -63,8 +67,9 @@ def leaves() -> dict[str, click.Command]:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        inner = command.commands if isinstance(command, click.Group) else {}
-        found |= {f"{name} {one}": sub for one, sub in inner.items()} or {name: command}
+        if not isinstance(command, click.Group):
+            found[name] = command
+        found |= {f"{name} {one}": sub for one, sub in inner_commands(command).items()}
     return found
 
 

@@ -208,6 +208,11 @@ def test_two_runs_on_one_folder_are_refused(finished: Path, pipeline: Path) -> N
         ({"recipes": {"t": {"policy": "top"}}, "publish": "t"}, "the policy top needs a budget"),
         ({"gate": {"rules": [{"metric": "short", "model": "nobody", "at_least": 0.1}]}}, "gate: model 'nobody'"),
         ({"behaviors": {}}, "behaviors"),
+        ({"recipes": {"c": {"policy": "conflict", "seeds": 5}}, "publish": "c"}, "`seeds` belongs to"),
+        ({"recipes": {"s": {"policy": "solve"}}, "publish": "s"}, "needs effects.check"),
+        ({"recipes": {"t": {"policy": "della", "within": "x"}}, "publish": "t"}, "`within` belongs to"),
+        ({"recipes": {"t": {"policy": "ties", "within": "later"}}, "publish": "t"}, "'later' is not an earlier recipe"),
+        ({"protect": {"loud": {}}}, "taken by a behaviour"),
     ],
 )
 def test_pipelines_that_break_the_schema(
@@ -216,6 +221,17 @@ def test_pipelines_that_break_the_schema(
     path = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, **changes)
     with pytest.raises(SchemaError, match=message):
         load_pipeline(path)
+
+
+def test_several_seeds_are_several_recipes(tmp_path: Path, base: Model, expert: Model, second_expert: Model) -> None:
+    recipes = {
+        "conflict": {"policy": "conflict"},
+        "shuffle": {"policy": "random", "like": "conflict", "seed": 3, "seeds": 5, "parameters": {"match_norms": True}},
+    }
+    plan = load_pipeline(write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes=recipes))
+    assert list(plan.recipes) == ["conflict", *(f"shuffle-{seed}" for seed in range(3, 8))]
+    assert [p.seed for p in plan.recipes.values()] == [0, 3, 4, 5, 6, 7]
+    assert all(p.parameters == {"match_norms": True} for name, p in plan.recipes.items() if name != "conflict")
 
 
 def test_check_looks_at_references_without_reading_models(tmp_path: Path, base: Model, expert: Model) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mechmerge.errors import InputError, SchemaError
@@ -14,8 +14,8 @@ from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.compile import shares
-from mechmerge.recipe.controls import magnitude_like, random_like
-from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top
+from mechmerge.recipe.controls import TOLERANCE, magnitude_like, moved_norm, norm_matched, random_like
+from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
 from mechmerge.recipe.schema import Masks
 from tests.measured import LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
 from tests.test_recipe import recipe
@@ -199,6 +199,56 @@ def test_top_needs_scores() -> None:
             top({"first": [bare]}, 0.5)
 
 
+# ---------------------------------------------------------------------------------------------------------------- weighted
+@given(budget=st.floats(0.05, 0.6), seed=st.integers(0, 50), scale=st.sampled_from(["rank", "share"]))
+@settings(max_examples=30, deadline=None)
+def test_weighted_rises_with_the_score_and_meets_the_budget(budget: float, seed: int, scale: str) -> None:
+    file = score_file(seed)
+    choice = weighted({"first": [file]}, budget, scale)  # type: ignore[arg-type]
+    assert choice.defaults == {"first": 0.0}
+    for kind in UNIT_KINDS:
+        score, mask = file.score(kind), choice.masks[f"first.{kind}"]
+        assert ((mask >= 0) & (mask <= 1)).all()
+        assert (mask[-1] == 0).all(), "above the anchor"
+        order = np.argsort(score[:-1], axis=None)
+        assert (np.diff(mask[:-1].ravel()[order]) >= -1e-6).all()
+        short = any(f"too few {kind} " in note for note in choice.notes)
+        assert mask.mean() == pytest.approx(budget, abs=1e-3) or (short and mask.mean() < budget)
+    if scale == "share":
+        assert all((choice.masks[f"first.{k}"][file.score(k) <= 0] == 0).all() for k in UNIT_KINDS)
+
+
+def test_weighted_against_a_plain_reading() -> None:
+    """Two thirds of the layers have scores: at a budget of a third γ is 1, since the mean of (rank − ½) / n is a half."""
+    file = score_file(4)
+    mask = weighted({"first": [file]}, 1 / 3).masks["first.neuron"]
+    score = file.score("neuron")[:2]
+    expected = [[((score <= value).sum() - 0.5) / 96 for value in row] for row in score]
+    assert mask[:2] == pytest.approx(np.array(expected), abs=1e-4)
+    share = weighted({"first": [file]}, 0.1, "share").masks["first.neuron"]
+    above = share[(share > 0) & (share < 1)]
+    ratio = above / file.score("neuron")[(share > 0) & (share < 1)]
+    assert ratio == pytest.approx(np.full_like(ratio, ratio[0]), rel=1e-4), "in proportion to the score, up to 1"
+
+
+def test_weighted_overlap_and_what_it_says() -> None:
+    one, other = score_file(1), score_file(2, SECOND)
+    both = {"first": [one], "second": [other]}
+    total, share, winner = (weighted(both, 0.5, "rank", overlap).masks for overlap in ("sum", "share", "winner"))  # type: ignore[arg-type]
+    for kind in UNIT_KINDS:
+        a, b = total[f"first.{kind}"], total[f"second.{kind}"]
+        assert share[f"first.{kind}"] == pytest.approx(a / np.maximum(a + b, 1), abs=1e-6)
+        assert np.array_equal(winner[f"first.{kind}"], np.where(a >= b, a, 0))
+        assert np.array_equal(winner[f"second.{kind}"], np.where(b > a, b, 0))
+    notes = weighted({"first": [one]}, 0.9, "share").notes
+    assert any("too few neuron components have a score: mean coefficient 0." in note for note in notes)
+    for budget in (0, 1.5):
+        with pytest.raises(InputError, match="budget"):
+            weighted({"first": [one]}, budget)
+    bare = ScoreFile(one.metadata, {n: np.full_like(a, np.nan) if n == "head.screen" else a for n, a in one.arrays.items()})
+    assert (weighted({"first": [bare]}, 0.5).masks["first.head"] == 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------- controls
 masks = st.integers(0, 2**32 - 1).map(
     lambda seed: {
@@ -246,6 +296,47 @@ def test_magnitude_keeps_the_counts_and_the_largest(given_masks: Masks, seed: in
         for row, norm, original in rows:
             assert np.array_equal(np.sort(row), np.sort(original))
             assert (np.diff(row[np.argsort(norm)]) >= 0).all(), "coefficients rise with the norms"
+
+
+@given(masks, st.integers(0, 1000), st.integers(0, 5))
+def test_norm_matched_shuffles_move_as_much(given_masks: Masks, seed: int, drawn: int) -> None:
+    generator = np.random.default_rng(seed)
+    norms = {name: np.exp(generator.normal(0, 0.3, mask.shape)).astype(np.float32) for name, mask in given_masks.items()}
+    try:
+        made = norm_matched(given_masks, norms, drawn, tolerance=0.02)
+    except InputError as error:  # a tiny model may have none; the message says how near the nearest came
+        found = float(str(error).split("found ")[1].split(" at best")[0])
+        event("no shuffle within the tolerance")
+        assert found > 0.02
+        return
+    for expert in ("first", "second"):
+        own = [name for name in NAMES if name.startswith(expert)]
+        moved = [sum(float(((m[n] * norms[n]).astype(np.float64) ** 2).sum()) for n in own) ** 0.5 for m in (given_masks, made)]
+        assert moved[1] == pytest.approx(moved[0], rel=0.021)
+    for name, mask in given_masks.items():
+        assert np.array_equal(np.sort(made[name], axis=1), np.sort(mask, axis=1)), "counts of each layer stay"
+    again = norm_matched(dict(reversed(given_masks.items())), norms, drawn, tolerance=0.02)
+    assert all(np.array_equal(again[name], made[name]) for name in made)
+
+
+def test_a_norm_matched_shuffle_is_a_shuffle_and_plain_ones_move_less() -> None:
+    """A policy that takes the largest deltas: a shuffle within layers moves far less, a matched one as much."""
+    generator = np.random.default_rng(0)
+    norms = {"first.neuron": np.exp(generator.normal(0, 1, (8, 400))).astype(np.float32)}
+    mask = {"first.neuron": (norms["first.neuron"] > np.quantile(norms["first.neuron"], 0.7)).astype(np.float32)}
+    mask["first.neuron"][:, ::7] = 1 - mask["first.neuron"][:, ::7]
+    wanted = moved_norm(list(mask.values()), list(norms.values()))
+    plain = moved_norm(list(random_like(mask, 1, per_layer=True).values()), list(norms.values()))
+    draws = [norm_matched(mask, norms, seed) for seed in range(5)]
+    assert plain < 0.8 * wanted
+    for drawn in draws:
+        assert moved_norm(list(drawn.values()), list(norms.values())) == pytest.approx(wanted, rel=TOLERANCE)
+        assert (drawn["first.neuron"] != mask["first.neuron"]).mean() > 0.03
+    assert len({drawn["first.neuron"].tobytes() for drawn in draws}) == 5
+    with pytest.raises(InputError, match=r"delta norms of first\.neuron"):
+        norm_matched(mask, {}, 0)
+    with pytest.raises(InputError, match=r"within -1 of the recipe's; found"):
+        norm_matched(mask, norms, 0, tolerance=-1)
 
 
 def test_magnitude_needs_norms_of_every_mask() -> None:

@@ -234,6 +234,13 @@ def test_the_recipe_says_that_it_is_not_proven() -> None:
     assert compiled.recipe.policy.name == "solve"
 
 
+def test_a_behaviour_that_its_expert_does_not_gain_on_is_not_passed_over() -> None:
+    with pytest.raises(
+        InputError, match=r"behaviour sums: expected its own expert second to gain on it; found a gain of -0\.100"
+    ):
+        solve(proven(effect_file(gains=(2.0, -0.1))))
+
+
 def test_missing_tensors_are_named() -> None:
     file = proven(effect_file())
     bare = EffectFile(file.metadata, {n: a for n, a in file.arrays.items() if n != "kv.half"})

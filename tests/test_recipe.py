@@ -331,8 +331,10 @@ def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], t
         if masks:
             found = coefficients(read, masks, ARCH)
             values = np.unique(found.units["first"]["neuron"])
-            assert set(values) <= {0.0, 1.0} if policy != "solve" else ((values >= 0) & (values <= 1)).all()
-            assert found.of("first", "embed") == (0.0 if policy == "top" else compiled.recipe.experts["first"].default)
+            assert set(values) <= {0.0, 1.0} if policy not in ("solve", "weighted") else ((values >= 0) & (values <= 1)).all()
+            assert found.of("first", "embed") == (
+                0.0 if policy in ("top", "weighted") else compiled.recipe.experts["first"].default
+            )
         if control:
             assert shares(read, masks, {}) == shares(like.recipe, like.masks, {})
 

@@ -31,6 +31,7 @@ from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
 from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.sources import read_sources
+from mechmerge.report.inspection import inspect_file
 
 COMMON: dict[str, Any] = {"prompts": 8, "dtype": "float32", "batch": 8}
 TOPICS = ["tea", "rain", "a river", "the moon", "bread", "a boat", "chess", "snow"]
@@ -262,11 +263,21 @@ def test_the_commands(base: Model, expert: Model, second_expert: Model, tmp_path
     assert [row["expert"] for row in said["effects"]] == ["a", "b", "base"]
     assert "loss sum" in said["effects"][0]
     assert "loss proposal" in said["effects"][0]
+    shown = inspect_file(effects)
+    assert {"field": "protected", "value": "general"} in shown.tables["effects"]
+    assert len(shown.tables["predictions around the sum, 4 masks"]) == 3
     (checked,) = (rows for title, rows in said.items() if "4 masks" in title)
     assert [row["behavior"] for row in checked] == ["one", "two", "general"]
     limits = ["--budget", "0.5", "--limit", "general=5", "--unproven"]
     said = call("rounds", *models, *asked, "--solve", effects, *limits, "--out", solved)
     assert said["solve"][0]["solution"] == 1
+    facts = {row["field"]: row["value"] for row in inspect_file(solved).tables["rounds file"]}
+    assert (facts["method"], facts["budget"], facts["limits"], facts["predictions proven"]) == (
+        "solve",
+        "0.5",
+        "general 5",
+        "NO",
+    )
     made = tmp_path / "recipe.yaml"
     call("recipe", solved, "--policy", "solve", "--out", made)
     assert yaml.safe_load(made.read_text())["policy"]["parameters"]["budget"] == 0.5

@@ -65,6 +65,19 @@ def test_combinations(pipeline):
     ]
     assert made[0].parameters == {"budget": 0.1}
     assert made[3].like == "top_budget-0.1"
+    drawn = variants(plan, parse_vary(["policy=random,conflict,dare-ties", "seeds=5"]))
+    assert [v.seed for v in drawn if v.policy == "random"] == [0, 1, 2, 3, 4]
+    assert [v.name for v in drawn if v.policy == "dare-ties"][:2] == ["dare-ties_seed-0", "dare-ties_seed-1"]
+    assert sum(v.policy == "conflict" for v in drawn) == 1, "nothing is drawn there"
+    part, _ = subset(plan, tuple(plan.experts), parse_vary(["policy=random,conflict", "seeds=2"]))
+    assert {n: p.seed for n, p in part.recipes.items()} == {
+        "conflict": 0,
+        "random_like-conflict_seed-0": 0,
+        "random_like-conflict_seed-1": 1,
+    }
+    for wrong in ("seeds=0", "seeds=2,3", "seeds=many"):
+        with pytest.raises(InputError, match="--vary seeds"):
+            variants(plan, parse_vary(["policy=dare-ties", wrong]))
     own = variants(plan, {"weight": [0.3, 0.7]})
     assert {v.name for v in own if v.policy == "task-arithmetic"} == {"sum_weight-0.3", "sum_weight-0.7"}
     assert [v.parameters for v in own if v.policy == "top"] == [{"budget": 0.5}], "what is not varied stays as it is"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mechmerge.errors import CheckpointError, InputError, MechmergeError
-from mechmerge.merge.arithmetic import combine
+from mechmerge.merge.arithmetic import combine, select
 from mechmerge.merge.cuts import BASE, copied_from
 from mechmerge.merge.engine import merge
 from mechmerge.merge.executor import execute
@@ -171,10 +171,32 @@ def test_the_arithmetic_equals_a_plain_loop(
                 result = experts[entering[0]][row, column].float()
             expected[row, column] = result.to(out_dtype)
     out = base.float().to(out_dtype)
-    finite = combine(out, base, experts, values, copied_from(values), dim)
+    finite = combine(out, experts, select(values, copied_from(values), dim), out if base.dtype == out_dtype else base)
     assert torch.equal(bits(out), bits(expected))
     summed = copied_from(values) < BASE
     assert finite == bool(expected.isfinite()[summed if dim == 0 else slice(None), slice(None) if dim == 0 else summed].all())
+
+
+@pytest.mark.parametrize("experts", [2, 5, 70])
+def test_where_values_come_from(experts: int) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.choice(
+        np.float32([0, 1, 0.5]), p=[1 - 2 / experts / 2, 0.5 / experts, 0.5 / experts], size=(experts, 300)
+    )
+    who = copied_from(values)
+    sets: dict[int, set[tuple[bool, ...]]] = {}
+    for column, kind in zip(values.T, who, strict=True):
+        entering = np.flatnonzero(column)
+        if not entering.size:
+            assert kind == BASE
+        elif entering.size == 1 and column[entering[0]] == 1:
+            assert kind == entering[0]
+        else:
+            assert kind < BASE
+            sets.setdefault(int(kind), set()).add(tuple(column != 0))
+    assert all(len(different) == 1 for different in sets.values())
+    assert len(set().union(*sets.values())) == len(sets), "one number for every set"
+    assert len(sets) > 1
 
 
 @given(seed=st.integers(0, 2**31), default=st.sampled_from([0.0, 1.0, -0.5]), share=st.sampled_from([0.02, 0.5, 1.0]))
@@ -334,6 +356,9 @@ def test_a_clone_is_written_only_where_it_changes(trio: tuple[Model, dict[str, M
     for name in set(one.files.values()):
         content = np.fromfile(tmp_path / "out" / name, np.uint8)
         written_bytes += int((content != 0xAA).sum())
+    (tmp_path / "dense").mkdir()
+    dense = found_in(written(tmp_path / "half", base, {"e0": experts["e0"]}, default=0.5), one)
+    assert write_weights(one, others, dense, "bfloat16", tmp_path / "dense", clone_file=filled).cloned == 0
     selected = 2 * (2 * 32 * 2) + 8 * 32 * 2 + 48 * 32 * 2 + 32 * 32 * 2
     assert 0.9 * selected < written_bytes <= selected
 
@@ -393,9 +418,11 @@ def test_a_killed_merge_leaves_nothing_under_the_final_name(trio: tuple[Model, d
     for after in (1, 7):
         assert run(after) == -signal.SIGKILL
         assert not out.exists()
-        assert len(list(out.parent.iterdir())) == 1, "what a killed run left is there, and that of the one before is gone"
+        assert len(list(out.parent.glob(".out.partial-*"))) == 1, (
+            "what a killed run left is there, and that of the one before is gone"
+        )
     assert run(-1) == 0
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not list(out.parent.glob(".out.partial-*"))
     check(Checkpoint(out), file, base.checkpoint(), opened(experts))
 
 

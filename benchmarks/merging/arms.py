@@ -22,7 +22,9 @@ BUDGETS = (0.1, 0.25, 0.5)
 """Shares of each expert's head, KV and neuron parameters."""
 SHUFFLES = 5
 TELLING = ("rounds", "conflict")
-"""The policies of the telling wave, the headline policy first: chosen before any test prompt was answered."""
+"""The policies of the telling wave, the headline policy first. It was fixed before any run of this benchmark; but the demo has
+answered the test prompts with both, with the experts of `conflict`, seed 0 (benchmarks/results/demo-2026-11-22.json).
+"""
 HEADLINE = TELLING[0]
 WANTED = ("weighted", "solve", "della", "breadcrumbs", "sce", "model-stock", WITHIN)
 """What the issue asks for beside what was there from the start."""
@@ -165,7 +167,7 @@ def controls(arm: Arm, shuffles: int = SHUFFLES) -> dict[str, list[Arm]]:
 
 
 def _inside(arm: Arm, control: Arm) -> Arm:
-    return replace(arm, name=f"{arm.policy}.within.{control.name}", kind="control", within=control.name)
+    return replace(arm, name=f"{arm.policy}.within.{control.name}", kind="control", within=control.name, seed=control.seed)
 
 
 def every() -> dict[str, Arm]:

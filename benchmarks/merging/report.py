@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 def gather(home: Path, sizes: Sizes, family: str, seeds: Iterable[int]) -> Found:
-    """Reads everything that is finished of a family. A role of several models is there when all of them are."""
+    """Reads everything that is finished of a family. A role of several models is there when all are that were not refused."""
     studies = {seed: Study(family, seed, home, sizes) for seed in seeds}
     cells: dict[tuple[str, int], list[Answers]] = {}
     named: dict[tuple[str, int], str] = {}
@@ -60,7 +60,8 @@ def gather(home: Path, sizes: Sizes, family: str, seeds: Iterable[int]) -> Found
             chosen = study.best() | ({TUNED: tuned} if (tuned := study.tuned()) else {})
             named |= {(role, seed): name for role, name in chosen.items()}
             roles |= {role: [name] for role, name in chosen.items()}
-        for role, names in roles.items():
+        for role, asked in roles.items():
+            names = [name for name in asked if study.refused(name) is None]
             if names and all(study.done(name, "test") for name in names):
                 cells[role, seed] = [study.answers(name, "test") for name in names]
     skills = tuple(FAMILIES[family])

@@ -34,7 +34,7 @@ from mechmerge.errors import InputError, MechmergeError
 from mechmerge.evaluate.record import EvaluateSettings, Evaluation
 from mechmerge.evaluate.run import evaluate
 from mechmerge.evaluate.suites import Suite
-from mechmerge.localize.calibration import Calibration
+from mechmerge.localize.calibration import BehaviorRow, Calibration
 from mechmerge.localize.effect_file import read_effects
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
@@ -78,7 +78,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(prompts=12, max_rounds=1, max_nodes=6, limit=12, shuffles=1, rates=(1e-5,), few=True)
+QUICK = Sizes(prompts=36, max_rounds=1, max_nodes=6, limit=12, shuffles=1, rates=(1e-5,), few=True)
 
 
 class Study:
@@ -163,7 +163,7 @@ class Study:
                 self._begin()
                 self.progress.note(f"training {folder.name}")
                 record = train(training, self.base.path, folder, self.seed, self.sizes.steps, judged=False)
-                write_json(folder.with_suffix(".log.json"), record)
+                write_json(folder.with_name(f"{folder.name}.log.json"), record)
         return folder
 
     @property
@@ -171,13 +171,17 @@ class Study:
         return {"base": self.base.path} | {name: model.path for name, model in self.experts.items()}
 
     # ----------------------------------------------------------------------------------------------------------- measuring
+    def rows(self) -> list[BehaviorRow]:
+        """What effects, rounds and fine-tuning are measured on."""
+        return rows(self.family)
+
     def effects(self) -> Path:
         """The effect matrix, measured where it is not there yet."""
         out = self.folder / "effects.safetensors"
         if not out.exists():
             self._begin()
             settings = EffectSettings(prompts=self.sizes.prompts, max_nodes=self.sizes.max_nodes)
-            measure_effects(self.base, self.experts, rows(self.family), out, settings, self.progress)
+            measure_effects(self.base, self.experts, self.rows(), out, settings, self.progress)
         return out
 
     def rounds(self) -> Path:
@@ -186,7 +190,7 @@ class Study:
         if not out.exists():
             self._begin()
             settings = RoundSettings(prompts=self.sizes.prompts, max_rounds=self.sizes.max_rounds)
-            settle(self.base, self.experts, rows(self.family), out, settings, self.progress)
+            settle(self.base, self.experts, self.rows(), out, settings, self.progress)
         return out
 
     def scores(self) -> list[Path]:
@@ -217,10 +221,10 @@ class Study:
             self._begin()
             if not effects.exists():
                 around = EffectSettings(prompts=self.sizes.prompts, max_nodes=self.sizes.max_nodes, origin="sum")
-                measure_effects(self.base, self.experts, rows(self.family), effects, around, self.progress)
+                measure_effects(self.base, self.experts, self.rows(), effects, around, self.progress)
             settings = SolveSettings(prompts=self.sizes.prompts, budget=arm.parameters["budget"], unproven=True)
             measured = read_effects(effects)
-            settle_solution(self.base, self.experts, rows(self.family), measured, out, settings, self.progress)
+            settle_solution(self.base, self.experts, self.rows(), measured, out, settings, self.progress)
         return out
 
     def sources(self, arm: Arm) -> Sources:
@@ -392,9 +396,7 @@ class Study:
     def samples(self) -> list[Sample]:
         """The experts' verified answers to the calibration prompts, weighted as rounds weigh them."""
         settings = RoundSettings(prompts=self.sizes.prompts)
-        calibration = Calibration(
-            self.base, self.experts, rows(self.family), self.folder / ".answers.units", settings, self.progress
-        )
+        calibration = Calibration(self.base, self.experts, self.rows(), self.folder / ".answers.units", settings, self.progress)
         gains = {b.name: b.weight / (b.loss_base - b.loss_expert) for b in read_rounds(self.rounds()).metadata.behaviors}
         examples, shares = calibration.examples, calibration.weights()
         weights = [gains[calibration.rows[e.row].name] * float(shares[e.row, i]) for i, e in enumerate(examples)]
@@ -423,7 +425,7 @@ class Study:
                 merge(self.recipe(whole), start, self.paths, self.progress)
                 record = tune(start, self.base.path, self.samples(), folder, steps=steps, rate=rate, seed=self.seed,
                               progress=self.progress)  # fmt: skip
-            write_json(folder.with_suffix(".log.json"), record | {"cost": self.cost()._asdict()})
+            write_json(folder.with_name(f"{folder.name}.log.json"), record | {"cost": self.cost()._asdict()})
         self.evaluate(name, split, lambda: _model(name, folder))
         # Only the one that is chosen is needed again: it is kept until it has been tested.
         if split == "test":

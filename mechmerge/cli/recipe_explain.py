@@ -35,7 +35,7 @@ def diff(one: str, other: str, output: str) -> None:
     progress = make_progress(quiet=False)
     (a, a_masks), (b, b_masks) = (read_recipe(local_file(file, progress)) for file in (one, other))
     tables: dict[str, list[dict[str, Any]]] = {"what differs": differing_fields(a, b)}
-    if a.mergekit is None and b.mergekit is None:
+    if all(recipe.mergekit is None or recipe.mergekit.within for recipe in (a, b)):
         shapes = mask_shapes(b_masks) | mask_shapes(a_masks)
         if shapes:
             first, second = (resolved(recipe, masks, shapes) for recipe, masks in ((a, a_masks), (b, b_masks)))
@@ -117,7 +117,7 @@ def summary(
     rows = shares(recipe, masks, told)
     tables = {f"recipe {recipe.policy.name}": rows}
     shapes = effect_shapes(effects) | mask_shapes(masks)
-    if recipe.mergekit is None and shapes:
+    if (recipe.mergekit is None or recipe.mergekit.within) and shapes:
         found = resolved(recipe, masks, shapes)
         if told:
             for row, (taken, whole) in zip(rows, parameters_of(recipe, found, told).values(), strict=True):

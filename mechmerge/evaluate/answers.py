@@ -92,6 +92,7 @@ class Speaker:
         settings: EvaluateSettings,
         progress: Progress,
         engine: Engine = VLLM,
+        load: Callable[[], Any] | None = None,
     ) -> None:
         """Loads the tokenizer.
 
@@ -102,6 +103,7 @@ class Speaker:
             settings: how answers are generated.
             progress: told of every prompt.
             engine: what `backend: vllm` stands for.
+            load: makes the weights that `model.id` names, where they do not lie in the model's folder (backend transformers).
 
         Raises:
             InputError: `exact` with another backend than transformers.
@@ -113,6 +115,7 @@ class Speaker:
         self.name, self.model, self.settings, self.progress, self.engine = name, model, settings, progress, engine
         self.folder, self.timings = samples / ".answers", samples.parent / "timings.jsonl"
         self.tokenizer = load_tokenizer(model.path)
+        self._load = load or (lambda: load_packed(model.path, settings.dtype, settings.device))
         self.check = unchanged(model)
         """Raises where the model's files are no longer those that it answers with."""
         self._loaded: Any = None
@@ -159,7 +162,7 @@ class Speaker:
         if self._loaded is None:
             settings = self.settings
             if settings.backend == "transformers":
-                self._loaded = load_packed(self.model.path, settings.dtype, settings.device)
+                self._loaded = self._load()
             else:
                 self._loaded = self.engine.load(self.model.path, settings.dtype)
         return self._loaded

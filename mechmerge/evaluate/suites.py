@@ -175,10 +175,19 @@ def limited(suite: Suite, limit: int) -> Suite:
     """Takes prompts from every group and tier in turn; the order of those taken stays."""
     if limit < 1:
         raise InputError("limit", expected="at least 1", found=str(limit))
+    kept = sorted(dealt(suite)[:limit])
+    return part_of(suite, kept)
+
+
+def dealt(suite: Suite) -> list[int]:
+    """All places of a suite's prompts, taken from every group and tier in turn: a beginning of them is a fair part of all."""
     cells: dict[tuple[Tier, str], list[int]] = defaultdict(list)
     for i, prompt in enumerate(suite.prompts):
         cells[prompt.tier, prompt.group].append(i)
     ordered = [members for _, members in sorted(cells.items(), key=lambda cell: TIERS.index(cell[0][0]))]
-    turns = sorted((turn, c, i) for c, members in enumerate(ordered) for turn, i in enumerate(members))
-    kept = sorted(i for _, _, i in turns[:limit])
-    return suite.model_copy(update={"prompts": tuple(suite.prompts[i] for i in kept), "limited": True})
+    return [i for _, _, i in sorted((turn, c, i) for c, members in enumerate(ordered) for turn, i in enumerate(members))]
+
+
+def part_of(suite: Suite, places: Sequence[int]) -> Suite:
+    """The suite of some of its prompts, in the order that is told."""
+    return suite.model_copy(update={"prompts": tuple(suite.prompts[i] for i in places), "limited": True})

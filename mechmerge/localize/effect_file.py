@@ -205,8 +205,8 @@ class EffectFile:
         """
         if self.metadata.path == PATHS["base"]:
             return np.zeros(len(self.metadata.behaviors))
-        measured: Array = np.array([b.at_base - b.loss_start for b in self.metadata.behaviors])
-        return measured - total
+        found: Array = np.array([b.at_base - b.loss_start for b in self.metadata.behaviors]) - total
+        return found
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, after checking its tensors."""

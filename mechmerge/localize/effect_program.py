@@ -99,6 +99,12 @@ def solve_effects(
     if not 0 < budget <= 1:
         raise InputError("budget", expected="a fraction above 0 and at most 1", found=str(budget))
     metadata, names = effects.metadata, [b.name for b in effects.metadata.behaviors]
+    for b in metadata.behaviors:
+        if not b.protected and b.own_gain <= 0:
+            raise InputError(
+                f"behaviour {b.name}", expected=f"its own expert {b.expert} to gain on it",
+                found=f"a gain of {b.own_gain:.3f} ({metadata.unit})", fix="leave the behaviour out",
+            )  # fmt: skip
     whole = _table(effects, "effect")[None]
     samples = _table(effects, "half") if agreement else whole
     experts, shapes = len(metadata.experts), [effects.arrays[f"{kind}.effect"].shape[1:] for kind in UNIT_KINDS]

@@ -22,6 +22,8 @@ ASSUMED_DEPTH = 0.75
 """Of an anchor whose layer is not chosen yet, as a share of the layers."""
 AUTO = 4
 """Components that `--verify auto` is assumed to replace for each that it looks for."""
+SHORT_NODES = 5
+"""Points at which effects from the sum take gradients: where they start, and four along the short path."""
 ROUND_NODES = 20
 """Most points where the rounds take gradients: five a round, four rounds."""
 CANDIDATES = 3
@@ -202,7 +204,9 @@ def plan_effects(
             longest = max(longest, max(prompts.asking) + behavior.answer_tokens)
             positions = max(positions, n, settings.batch * (behavior.answer_tokens + 1))
     e, nodes = experts, getattr(settings, "max_nodes", ROUND_NODES)
-    losses = nodes // 2 + 1 + len({expert for expert, _ in rows})
+    if getattr(settings, "origin", "base") == "sum":
+        nodes = SHORT_NODES
+    losses = nodes // 2 + 1 + len({expert for expert, _ in rows}) + getattr(settings, "check", 0)
     batches = -(-len(lengths) // settings.batch)
     point = 1 + e
     steps = [

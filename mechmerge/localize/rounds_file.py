@@ -47,6 +47,8 @@ class SolveRecord(Document):
     """Share of each expert's head + kv + neuron parameters, 0 … 1."""
     limits: dict[str, float]
     """Most rise of a behaviour's loss above the base's, nats per answer token."""
+    agreement: bool
+    """Whether the worst case was that of both halves of the prompts."""
     worst_predicted: float
     """Predicted retained gain of the worst-off behaviour, at the accepted solution."""
     worst_realised: float

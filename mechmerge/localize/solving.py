@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from mechmerge.artifacts import lock
 from mechmerge.errors import InputError
 from mechmerge.localize.calibration import BehaviorRow, Calibration, Point
 from mechmerge.localize.effect_file import EffectFile
@@ -83,9 +84,11 @@ def settle_solution(
     if doubt is not None:
         progress.note(f"solve: {doubt}")
     calibration = Calibration(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
-    file = _solutions(calibration, effects, settings)
-    file.write(out)
-    calibration.units.discard()
+    with lock(out.with_name(f".{out.name}.lock"), f"rounds file {out}"):
+        file = _solutions(calibration, effects, settings)
+        calibration.check()
+        file.write(out)
+        calibration.units.discard()
     return file
 
 
@@ -158,6 +161,7 @@ def _solutions(calibration: Calibration, effects: EffectFile, settings: SolveSet
         solve=SolveRecord(
             budget=settings.budget,
             limits=limits,
+            agreement=settings.agreement,
             worst_predicted=solved.worst,
             worst_realised=_worst(base_loss, own, there),
             path=effects.metadata.path,

@@ -10,6 +10,7 @@ of a zero. Everything is done element by element, so no order of work and no num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -21,53 +22,98 @@ from mechmerge.recipe.schema import Array
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 """Integers of the same size: numpy knows no bfloat16, and moving values needs none."""
 Index = Array | slice
-"""Rows or columns: a contiguous run, or their ascending numbers."""
+"""Rows or columns: a contiguous run, or their numbers."""
 
 
-def combine(
-    out: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor], values: Array, who: Array, dim: int
-) -> bool:
+@dataclass(frozen=True)
+class Part:
+    """Rows (or columns) that the same experts enter."""
+
+    first: int
+    last: int
+    """Their places `first` ... `last` − 1 among all that are summed."""
+    index: Index
+    experts: tuple[tuple[int, torch.Tensor], ...]
+    """Those that enter, in the recipe's order, each with its coefficients as a column (dim 0) or row (dim 1)."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is done to which rows (or columns) of a matrix; the same for every piece of a matrix that is cut along columns."""
+
+    dim: int
+    copies: tuple[tuple[int, Index], ...]
+    """(expert, where its values are copied)."""
+    summed: Index | None
+    """Where a sum is written, part after part."""
+    parts: tuple[Part, ...]
+    _places: dict[tuple[int, int], Array] = field(default_factory=dict)
+
+    def places(self, rows: int, columns: int) -> Array:
+        """Numbers of the summed columns' elements in a matrix of this shape, [rows × summed]."""
+        if (rows, columns) not in self._places:
+            assert isinstance(self.summed, np.ndarray)  # noqa: S101 - a run is a slice
+            self._places[rows, columns] = np.add.outer(np.arange(rows) * columns, self.summed).reshape(-1)
+        return self._places[rows, columns]
+
+
+def select(values: Array, who: Array, dim: int) -> Selection:
+    """Sorts rows or columns by what is done to them.
+
+    Args:
+        values: float32 [experts, rows or columns].
+        who: `copied_from(values)`.
+        dim: 0 where `values` belong to rows, 1 where they belong to columns.
+    """
+    copies = tuple((int(k), as_run(np.flatnonzero(who == k))) for k in np.unique(who[who > BASE]))
+    summed = np.flatnonzero(who < BASE)
+    if not summed.size:
+        return Selection(dim, copies, None, ())
+    # Rows that the same experts enter side by side, so that they are a slice of what is gathered.
+    kinds = who[summed]
+    order = summed if (kinds == kinds[0]).all() else summed[np.argsort(kinds, kind="stable")]
+    parts = []
+    for first, last in pairwise([0, *(np.flatnonzero(np.diff(who[order])) + 1).tolist(), order.size]):
+        own = order[first:last]
+        entering = tuple((k, along(mine[own], dim)) for k, mine in enumerate(values) if mine[own[0]])
+        parts.append(Part(first, last, as_run(own), entering))
+    return Selection(dim, copies, parts[0].index if len(parts) == 1 else order, tuple(parts))
+
+
+def combine(out: torch.Tensor, experts: Sequence[torch.Tensor], selection: Selection, base: torch.Tensor) -> bool:
     """Writes the merged values over `out`, which holds the base's already.
 
     Args:
         out: [rows, columns], contiguous, in the output dtype.
-        base: the base's values, [rows, columns], in any floating dtype.
-        experts: likewise, in the recipe's order; those with no coefficient but 0 are not looked at.
-        values: float32 [experts, rows or columns].
-        who: `copied_from(values)`.
-        dim: 0 where `values` belong to rows, 1 where they belong to columns.
+        experts: likewise, in the recipe's order and in any floating dtype; those that do not enter are not looked at.
+        selection: what is done where.
+        base: the base's values; `out` itself where it has the base's dtype.
 
     Returns:
         Whether all computed values are finite (those copied are not looked at).
     """
-    for kind in np.unique(who[who > BASE]):
-        own = as_run(np.flatnonzero(who == kind))
-        put(out, own, take(experts[int(kind)], own, dim), dim)
-    summed = np.flatnonzero(who < BASE)
-    if not summed.size:
+    dim = selection.dim
+    for k, index in selection.copies:
+        put(out, index, take(experts[k], index, dim), dim)
+    if selection.summed is None:
         return True
-    # Rows of one kind (the same experts enter) side by side, so that every kind is a slice of what was gathered.
-    kinds = who[summed]
-    order = summed if (kinds == kinds[0]).all() else summed[np.argsort(kinds, kind="stable")]
-    starts = [0, *(np.flatnonzero(np.diff(who[order])) + 1).tolist(), order.size]
-    index = as_run(order) if len(starts) == 2 else order
-    # float() may be the parent itself, which nobody may write into: the sum is a tensor of its own.
-    start = take(base, index, dim).float()
-    merged = torch.empty_like(start)
-    for first, last in pairwise(starts):
-        part = order[first:last]
-        here, total = start.narrow(dim, first, last - first), merged.narrow(dim, first, last - first)
-        entering = [
-            (take(e, as_run(part), dim), along(c[part], dim)) for e, c in zip(experts, values, strict=True) if c[part[0]]
-        ]
-        for number, (expert, share) in enumerate(entering):
+    # float() may be the parent itself, which must not be written to: the sum is a tensor of its own.
+    start = take(base, selection.summed, dim).float()
+    merged = torch.empty_like(start, memory_format=torch.contiguous_format)
+    for part in selection.parts:
+        here, total = (tensor.narrow(dim, part.first, part.last - part.first) for tensor in (start, merged))
+        for number, (k, share) in enumerate(part.experts):
+            expert = take(experts[k], part.index, dim).float()
             if number == 0:
-                torch.sub(expert.float(), here, out=total).mul_(share)
+                torch.sub(expert, here, out=total).mul_(share)
             else:
-                total.add_(expert.float().sub(here).mul_(share))
+                total.add_(expert.sub(here).mul_(share))
         total.add_(here)
     rounded = merged.to(out.dtype)
-    put(out, index, rounded, dim)
+    if dim == 1 and not isinstance(selection.summed, slice):
+        write(out, selection.places(*out.shape), rounded)
+    else:
+        put(out, selection.summed, rounded, dim)
     return is_finite(rounded)
 
 
@@ -104,9 +150,13 @@ def put(tensor: torch.Tensor, index: Index, values: torch.Tensor, dim: int) -> N
         tensor.index_copy_(0, torch.from_numpy(index), values)
         return
     rows, columns = tensor.shape
-    flat = np.add.outer(np.arange(rows) * columns, index).reshape(-1)
+    write(tensor, np.add.outer(np.arange(rows) * columns, index).reshape(-1), values)
+
+
+def write(tensor: torch.Tensor, places: Array, values: torch.Tensor) -> None:
+    """Writes values of the same dtype to numbered elements of a contiguous matrix."""
     bits = BITS[tensor.dtype]
-    tensor.view(bits).numpy().reshape(-1)[flat] = values.contiguous().view(bits).numpy().reshape(-1)
+    tensor.view(bits).numpy().reshape(-1)[places] = values.contiguous().view(bits).numpy().reshape(-1)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, ModelId, find
 from mechmerge.progress import SILENT, Progress
-from mechmerge.recipe.coefficients import Coefficients, coefficients
+from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 
@@ -69,19 +69,23 @@ def merge(
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"), atomic_folder(out) as partial:
-        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
-        recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
-        if direct and found is not None:
-            write_weights(base, experts, found, recipe.out_dtype, partial, progress)
-        else:
-            _through_mergekit(recipe, found, base, experts, partial, progress)
-        _write_config(base, recipe.out_dtype, partial)
-        copy_side_files(base.folder, partial)
-        if check:
-            verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
-        for watch in watches:
-            watch.check()
+    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"):
+        if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
+            return
+        with atomic_folder(out) as partial:
+            watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+            recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
+            if direct and found is not None:
+                write_weights(base, experts, found, recipe.out_dtype, partial, progress)
+            else:
+                _through_mergekit(recipe, base, experts, partial, progress)
+            _write_config(base, recipe.out_dtype, partial)
+            copy_side_files(base.folder, partial)
+            if check:
+                equal, changed = verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
+                progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
+            for watch in watches:
+                watch.check()
 
 
 def _is_direct(recipe: Recipe, engine: Engine) -> bool:
@@ -97,7 +101,6 @@ def _is_direct(recipe: Recipe, engine: Engine) -> bool:
 
 def _through_mergekit(
     recipe: Recipe,
-    found: Coefficients | None,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     partial: Path,
@@ -106,7 +109,8 @@ def _through_mergekit(
     from mechmerge.merge.executor import execute
 
     paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-    text = emit_baseline(recipe, paths) if found is None else emit_masked(recipe, partial / RECIPE_NAME, paths)
+    plain = recipe.mergekit is not None and not recipe.mergekit.within
+    text = emit_baseline(recipe, paths) if plain else emit_masked(recipe, partial / RECIPE_NAME, paths)
     execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from mechmerge.merge.files import SHARD_BYTES
-from mechmerge.merge.mergekit_api import probe
+from mechmerge.merge.probe import probe
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import quiet
 from mechmerge.progress import SILENT, Progress, track

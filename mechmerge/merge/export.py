@@ -263,8 +263,9 @@ def _config(adapter: _Adapter, recipe: Recipe, base: Checkpoint) -> dict[str, An
             modules_to_save=sorted(adapter.modules) or None,
             ensure_weight_tying=tied,
         )
+    told: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
     # peft keeps some lists as sets, whose order changes from process to process.
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in told.items()}
 
 
 def _write(adapter: _Adapter, config: dict[str, Any], folder: Path) -> None:
@@ -295,8 +296,10 @@ def check_adapter(folder: Path, base: Checkpoint) -> None:
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        places = {n: tuple(t.shape) for n, t in get_peft_model(model, LoraConfig.from_pretrained(folder)).state_dict().items()}
-    wanted = dict(_places(places, LoraConfig.from_pretrained(folder).bias == "all"))
+        places = {
+            n: tuple(t.shape) for n, t in get_peft_model(model, LoraConfig.from_pretrained(str(folder))).state_dict().items()
+        }
+    wanted = dict(_places(places, LoraConfig.from_pretrained(str(folder)).bias == "all"))
     for name, shape in given.items():
         if wanted.pop(name, shape if places.get(name) == shape else None) != shape:
             raise MechmergeError(f"adapter {folder}: {name}", expected="a place of its shape", found=str(places.get(name)))

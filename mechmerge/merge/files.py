@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from mechmerge.merge.cuts import matrix_shape
 from mechmerge.merge.mapped import DTYPES
@@ -84,7 +83,8 @@ def _anew(base: Checkpoint, out_dtype: str, shard_bytes: int) -> tuple[list[OutF
             used = 0
         shards[-1].append(name)
         used += size
-    files, weight_map = [], {}
+    files: list[OutFile] = []
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         starts = [0]
@@ -102,8 +102,3 @@ def _anew(base: Checkpoint, out_dtype: str, shard_bytes: int) -> tuple[list[OutF
         return files, None
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     return files, json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def out_path(folder: Path, file: OutFile) -> Path:
-    """Where a weight file is written."""
-    return folder / file.name

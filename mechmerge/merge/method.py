@@ -8,6 +8,8 @@ arithmetic (https://arxiv.org/abs/2212.04089) with coefficients below the tensor
     merge_method: mechmerge_masked
     parameters: {recipe: /path/to/recipe.yaml}      # its masks beside it
     models: [{model: …, parameters: {expert: NAME_IN_THE_RECIPE}}]
+
+and `mechmerge_within`, which takes the same and is TIES or DARE-TIES inside those coefficients (merge/within.py).
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import functools
 import os
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mechmerge.errors import MechmergeError
 from mechmerge.merge.delta import summed_delta
+from mechmerge.merge.within import merge_within
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of
-from mechmerge.recipe.emit import METHOD
-from mechmerge.recipe.schema import read_recipe
+from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of, tensor_coefficient
+from mechmerge.recipe.emit import METHOD, WITHIN
+from mechmerge.recipe.schema import Recipe, read_recipe
 
 with warnings.catch_warnings():
     # numpy.core, through one of mergekit's dependencies
@@ -33,8 +37,14 @@ with warnings.catch_warnings():
     from mergekit.merge_methods.easy_define import merge_method
     from mergekit.merge_methods.registry import register
 
-Plan = tuple[Coefficients, dict[str, Owners], tuple[str, ...]]
-"""Coefficients, owners of every tensor, and the experts in the recipe's order."""
+
+class Plan(NamedTuple):
+    """A recipe, read once for all tensors."""
+
+    recipe: Recipe
+    found: Coefficients
+    owners: dict[str, Owners]
+    """Owners of every tensor."""
 
 
 def masked(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Tensor:
@@ -42,11 +52,49 @@ def masked(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
     base, name = group.base, group.metadata.name
     if base is None or name is None:
         raise MechmergeError(METHOD, expected="a base and a named tensor", found=str(name))
-    found, owners, order = _plan(recipe, str(base.id.model.path))
+    plan = _plan(recipe, str(base.id.model.path))
     by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
-    total = summed_delta(name, base.tensor, {which: by_expert[which] for which in order}, owners[name], found)
+    ordered = {which: by_expert[which] for which in plan.recipe.experts}
+    total = summed_delta(name, base.tensor, ordered, plan.owners[name], plan.found)
     merged: torch.Tensor = total.add_(base.tensor)
     return merged
+
+
+def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Tensor:
+    """Merges one tensor by TIES or DARE-TIES inside the recipe's coefficients."""
+    base, name = group.base, group.metadata.name
+    if base is None or name is None:
+        raise MechmergeError(WITHIN, expected="a base and a named tensor", found=str(name))
+    plan = _plan(recipe, str(base.id.model.path))
+    method = plan.recipe.mergekit
+    if method is None:
+        raise MechmergeError(WITHIN, expected="a recipe with a mergekit block", found=plan.recipe.policy.name)
+    by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
+    names = list(plan.recipe.experts)
+    deltas = [by_expert[which] - base.tensor for which in names]
+    told = [method.expert_parameters.get(which, {}) for which in names]
+    weights = [
+        _broadcast(plan, name, delta, which) * float(own.get("weight", 1.0))
+        for delta, which, own in zip(deltas, names, told, strict=True)
+    ]
+    densities = [float(own.get("density", 1.0)) for own in told]
+    merged: torch.Tensor = base.tensor + merge_within(
+        deltas,
+        weights,
+        densities,
+        drawn=method.method == "dare_ties",
+        normalize=bool(method.parameters.get("normalize", False)),
+    )
+    return merged
+
+
+def _broadcast(plan: Plan, name: str, delta: torch.Tensor, expert: str) -> torch.Tensor:
+    """An expert's coefficients of a tensor, in a shape that multiplies it."""
+    dim, values = tensor_coefficient(name, tuple(delta.shape), plan.owners[name], plan.found, expert)
+    shape = [1] * delta.dim()
+    if dim is not None:
+        shape[dim] = -1
+    return torch.from_numpy(values.copy()).to(delta.device).reshape(shape)
 
 
 register(
@@ -55,6 +103,15 @@ register(
         name=METHOD,
         pretty_name="Masked task arithmetic",
         reference_url="https://arxiv.org/abs/2212.04089",
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
+)
+register(
+    merge_method(
+        within,
+        name=WITHIN,
+        pretty_name="TIES and DARE-TIES within a mask",
+        reference_url="https://arxiv.org/abs/2306.01708",
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
 )
@@ -68,4 +125,4 @@ def _plan(recipe: str, base: str) -> Plan:
 def _read_plan(recipe: str, _changed: int, base: str) -> Plan:
     parsed, masks = read_recipe(Path(recipe))
     checkpoint = Checkpoint(Path(base))
-    return coefficients(parsed, masks, checkpoint.arch), owners_of(checkpoint.layout), tuple(parsed.experts)
+    return Plan(parsed, coefficients(parsed, masks, checkpoint.arch), owners_of(checkpoint.layout))

@@ -5,14 +5,17 @@ A piece knows what it reads, so that it can be read ahead, and what of it differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import os
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mechmerge.errors import CheckpointError, MechmergeError
-from mechmerge.merge.arithmetic import combine, is_finite, put
+from mechmerge.merge.arithmetic import Selection, combine, is_finite, put, select
 from mechmerge.merge.cuts import BASE, Cut
 from mechmerge.merge.files import OutFile
 from mechmerge.merge.mapped import Mapped, Place
@@ -54,6 +57,11 @@ class Tensor:
     experts: Mapping[str, Mapped]
     """In the recipe's order."""
 
+    @functools.cached_property
+    def columns(self) -> Selection:
+        """What is done to which column, where the tensor is cut along columns."""
+        return select(self.cut.values, self.cut.who, 1)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -87,7 +95,7 @@ class Rows:
     def changed(self) -> Iterator[tuple[int, int]]:
         """(first, last) bytes of this piece outside which it is the base's, small gaps included."""
         width = self.bytes // (self.last - self.first)
-        for first, last in self._runs(self.values.any(0)):
+        for first, last in self._runs(self.who != BASE):
             yield first * width, last * width
 
     def compute(self, memory: torch.Tensor) -> memoryview:
@@ -98,22 +106,41 @@ class Rows:
             MechmergeError: the sum leaves the range of the output dtype.
         """
         tensor, shape = self.tensor, (self.last - self.first, self.tensor.cut.columns)
-        rows = slice(self.first, self.last)
         out = memory[: self.bytes].view(tensor.dtype).reshape(shape)
-        base = tensor.base.matrix(tensor.name)[rows]
-        put(out, slice(0, shape[0]), base if base.dtype == out.dtype else base.float(), 0)
-        experts = [
-            expert.matrix(tensor.name)[rows] if values.any() else base
-            for values, expert in zip(self.values, tensor.experts.values(), strict=True)
-        ]
-        if not combine(out, base, experts, self.values, self.who, tensor.cut.dim):
-            self._explain(base, experts)
+        if tensor.base.dtype(tensor.name) == tensor.dtype:
+            base = self._read(tensor.base, memory)
+        else:
+            base = tensor.base.matrix(tensor.name)[self.first : self.last]
+            put(out, slice(0, shape[0]), base.float(), 0)
+        experts = []
+        for number, (values, expert) in enumerate(zip(self.values, tensor.experts.values(), strict=True)):
+            if not values.any():
+                experts.append(base)  # nobody looks at it
+            elif tensor.cut.dim == 1 or np.count_nonzero(values) * 2 > values.size:
+                experts.append(self._read(expert, _scratch(number, self._place(expert, 0, shape[0]).bytes)))
+            else:
+                experts.append(expert.matrix(tensor.name)[self.first : self.last])
+        if not combine(out, experts, self.selection, base):
+            self._explain()
         return memory[: self.bytes].numpy().data
 
-    def _explain(self, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> None:
-        parents = zip((self.tensor.base, *self.tensor.experts.values()), (base, *experts), strict=True)
-        for parent, values in parents:
-            if not is_finite(values):
+    @property
+    def selection(self) -> Selection:
+        """What is done to which of these rows, or of the tensor's columns."""
+        cut = self.tensor.cut
+        return self.tensor.columns if cut.dim == 1 else select(self.values, self.who, 0)
+
+    def _read(self, parent: Mapped, memory: torch.Tensor) -> torch.Tensor:
+        """These rows of a parent, in `memory`: reading costs less than mapping where all is looked at."""
+        place, dtype = self._place(parent, 0, self.last - self.first), parent.dtype(self.tensor.name)
+        content = memory[: place.bytes]
+        read(place, content.numpy().data)
+        return content.view(dtype).reshape(-1, self.tensor.cut.columns)
+
+    def _explain(self) -> None:
+        experts = [e for e, values in zip(self.tensor.experts.values(), self.values, strict=True) if values.any()]
+        for parent in (self.tensor.base, *experts):
+            if not is_finite(parent.matrix(self.tensor.name)[self.first : self.last]):
                 where = f"{parent.checkpoint.folder}: {self.tensor.name}"
                 raise CheckpointError(where, expected="finite weights", found="NaN or infinite values")
         raise MechmergeError(
@@ -145,6 +172,34 @@ class Rows:
 
 
 Piece = Copy | Rows
+_own = threading.local()
+
+
+def _scratch(number: int, size: int) -> torch.Tensor:
+    """Memory of this thread's own for one expert's rows."""
+    kept: dict[int, torch.Tensor] = _own.__dict__.setdefault("kept", {})
+    if number not in kept or kept[number].numel() < size:
+        kept[number] = torch.empty(size, dtype=torch.uint8)
+    return kept[number]
+
+
+def read(place: Place, memory: memoryview) -> None:
+    """Reads a run of bytes.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    done = 0
+    while done < place.bytes:
+        got = os.preadv(place.file, [memory[done : place.bytes]], place.start + done)
+        if not got:
+            raise CheckpointError(
+                "a parent's weights",
+                expected=f"{place.bytes} bytes",
+                found="the end of the file",
+                fix="it was changed meanwhile",
+            )
+        done += got
 
 
 def pieces_of(

@@ -1,12 +1,14 @@
-"""Whether the mergekit that is installed has what `engine.py` calls: it is pinned, but an environment may hold another."""
+"""Whether the mergekit that is installed is the one that we call: it is pinned, but an environment may hold another."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
 from mechmerge.errors import MissingError
 
+VERSION = "0.1.5"
 NEEDED: dict[str, tuple[str, ...]] = {
     "mergekit.architecture.base:ModelArchitecture": ("modules", "architectures", "model_type"),
     "mergekit.architecture.base:ModuleDefinition": ("architecture",),
@@ -28,8 +30,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
 """What is used of mergekit, with the parameters that are named."""
 
 
-def probe(needed: dict[str, tuple[str, ...]] | None = None) -> str:
-    """Checks names and parameters; returns mergekit's version.
+def probe(needed: dict[str, tuple[str, ...]] | None = None, wanted: str = VERSION) -> str:
+    """Checks version, names and parameters; returns mergekit's version.
 
     Raises:
         MissingError: mergekit is not there, or not the one that is needed.
@@ -37,17 +39,19 @@ def probe(needed: dict[str, tuple[str, ...]] | None = None) -> str:
     import importlib
     from importlib import metadata
 
-    fix = "pip install mergekit==0.1.5"
+    fix = f"pip install mergekit=={wanted}"
     try:
         version = metadata.version("mergekit")
     except metadata.PackageNotFoundError:
-        raise MissingError("mergekit", expected="version 0.1.5", found="none", fix=fix) from None
+        raise MissingError("mergekit", expected=f"version {wanted}", found="none", fix=fix) from None
+    if version != wanted:
+        raise MissingError("mergekit", expected=f"version {wanted}", found=version, fix=fix)
     for place, parameters in (NEEDED if needed is None else needed).items():
         module, _, names = place.partition(":")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                found = importlib.import_module(module)
+                found: Any = importlib.import_module(module)
                 for name in names.split("."):
                     found = getattr(found, name)
         except (ImportError, AttributeError) as error:

@@ -186,11 +186,12 @@ def check_loads(merged: Checkpoint) -> None:
         config = AutoConfig.from_pretrained(merged.folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    written = {merged.arch.family.loaded_name(name): shape for name, shape in merged.shapes.items()}
     if merged.arch.tied:
         # Whether the head still counts as a parameter of its own differs between transformers' versions.
-        wanted.pop(f"{merged.arch.family.head}.weight", None)
-    if wanted != merged.shapes:
-        odd = sorted(set(wanted.items()) ^ set(merged.shapes.items()))
+        wanted.pop(f"{merged.arch.family.loaded_head}.weight", None)
+    if wanted != written:
+        odd = sorted(set(wanted.items()) ^ set(written.items()))
         raise MechmergeError(
             f"merged model {merged.folder}",
             expected="the parameters that transformers builds",

@@ -1,8 +1,9 @@
 """The direct writer: a sum of masked deltas at the speed of copying files, without mergekit.
 
-The base's shards are cloned where the file system can (FICLONE: Btrfs, XFS, ...), else copied; of the experts only those rows
-are read whose coefficient is not 0 (of a tensor that is cut along its columns, all rows), and each is computed once and
-written in its place. What is written where is `merge/files.py`'s, what is computed `merge/arithmetic.py`'s.
+The base's shards are cloned where the file system can (FICLONE: Btrfs, XFS, ...) and at least half of them stays, else copied;
+of the experts only those rows are read whose coefficient is not 0 (of a tensor that is cut along its columns, all rows), and
+each is computed once and written in its place. What is written where is `merge/files.py`'s, what is computed
+`merge/arithmetic.py`'s.
 
 Four things go on at once, each in the order of the written bytes: reading ahead, computing (as many threads as torch has),
 writing (one thread: two that write to one file wait for each other), and flushing what is written, so that little is left to be
@@ -23,11 +24,10 @@ from typing import NamedTuple
 
 import torch
 
-from mechmerge.errors import CheckpointError
 from mechmerge.merge.cuts import Cut, cut_of
 from mechmerge.merge.files import lay_out
-from mechmerge.merge.mapped import Mapped
-from mechmerge.merge.pieces import Copy, Piece, Rows, pieces_of
+from mechmerge.merge.mapped import Mapped, Place
+from mechmerge.merge.pieces import Copy, Piece, Rows, pieces_of, read
 from mechmerge.models.checkpoint import INDEX, Checkpoint
 from mechmerge.models.load import torch_dtype
 from mechmerge.progress import SILENT, Progress
@@ -112,11 +112,12 @@ def write_weights(
         targets = stack.enter_context(contextlib.ExitStack())
         work = stack.enter_context(_Work([piece for plan in plans for piece in plan]))
         progress.start("writing the merged weights", sum(len(plan) for plan in plans))
+        stack.callback(progress.end)
         copied = computed = cloned = 0
         for file, plan in zip(files, plans, strict=True):
             target = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             targets.callback(os.close, target)
-            in_clone = file.header is None and clone_file(one.open(file.name), target)
+            in_clone = file.header is None and _stays(plan) and clone_file(one.open(file.name), target)
             cloned += in_clone
             if file.header is not None:
                 _write(target, memoryview(file.header), 0)
@@ -134,8 +135,18 @@ def write_weights(
                 progress.advance()
             work.flush(target)
         work.finish()
-        progress.end()
     return Written(copied, computed, cloned)
+
+
+def _stays(plan: list[Piece]) -> bool:
+    """Whether at least half of a file is the base's: writing into a clone costs more than writing a new file."""
+    changed = 0
+    for piece in plan:
+        if isinstance(piece, Rows):
+            changed += sum(last - first for first, last in piece.changed())
+        elif not piece.of_base:
+            changed += piece.bytes
+    return 2 * changed <= sum(piece.bytes for piece in plan)
 
 
 def _open_all(plans: list[list[Piece]]) -> None:
@@ -210,16 +221,9 @@ class _Work:
         source, done = piece.source, 0
         while done < piece.bytes:
             step = min(WRITE - (piece.start + done) % WRITE, piece.bytes - done)
-            read = os.preadv(source.file, [self.buffer[:step]], source.start + done)
-            if not read:
-                raise CheckpointError(
-                    "a parent's weights",
-                    expected=f"{piece.bytes} bytes",
-                    found="the end of the file",
-                    fix="it was changed meanwhile",
-                )
-            _write(target, self.buffer[:read], piece.start + done)
-            done += read
+            read(Place(source.file, source.start + done, step), self.buffer)
+            _write(target, self.buffer[:step], piece.start + done)
+            done += step
 
     def written(self, piece: Piece, target: int) -> None:
         """Reads on, and starts a flush where enough is written."""

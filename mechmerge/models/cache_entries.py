@@ -6,6 +6,7 @@ model from its parents (which must still be there then). A recipe whose models a
     models/NAME        the demo's base        materialised/KEY   a base with an adapter merged in
     aligned/KEY        an expert with its rows in the base's order
     nltk, ifbench      data of checkers       known/DIGEST.json  where weights were last found
+    digests/KEY.json   digests of weight files that did not change since
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ MODELS = ("models", "materialised", "aligned")
 """Folders whose entries are models."""
 DATA = ("nltk", "ifbench")
 """Entries of their own."""
+RECORDS = ("known", "digests")
+"""Folders whose entries are small files."""
 UNITS = {"": 86400, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -35,7 +38,7 @@ class Entry(NamedTuple):
     """One entry of the cache."""
 
     kind: str
-    """`models`, `materialised`, `aligned`, `data`, `known`, or `other`."""
+    """`models`, `materialised`, `aligned`, `data`, `known`, `digests`, or `other`."""
     path: Path
     bytes: int
     used: float
@@ -87,7 +90,8 @@ def prune(older_than: float, *, dry_run: bool = False, now: float | None = None)
     """
     limit = (time.time() if now is None else now) - older_than
     old = [entry for entry in entries() if entry.used <= limit and entry.kind != "other"]
-    removed, kept = [], []
+    removed: list[Entry] = []
+    kept: list[Entry] = []
     for entry in old:
         if dry_run:
             (kept if entry.in_use else removed).append(entry)
@@ -139,8 +143,12 @@ def _paths(root: Path) -> Iterator[Path]:
     for path in root.iterdir():
         if path.name.startswith(".") or path.suffix == ".lock":
             continue
-        inner = (*MODELS, "known")
-        yield from (p for p in path.iterdir() if p.name[0] != "." and p.suffix != ".lock") if path.name in inner else (path,)
+        inner = (*MODELS, *RECORDS)
+        yield from (
+            (p for p in path.iterdir() if p.name[0] != "." and p.suffix != ".lock")
+            if path.name in inner and path.is_dir()
+            else (path,)
+        )
 
 
 def _known(root: Path) -> Iterator[tuple[Path, tuple[str, Path]]]:

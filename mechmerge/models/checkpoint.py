@@ -157,7 +157,7 @@ class Checkpoint:
                 str(self.folder),
                 expected=SINGLE,
                 found=f"the pickle {pickles[0]}",
-                fix="pickles can run code and are refused; convert the model to safetensors",
+                fix="pickles can run code and are refused; convert the model to safetensors, or use `mechmerge --allow-pickle`",
             )
         raise CheckpointError(str(self.folder), expected=f"{SINGLE} or {INDEX}", found="neither")
 
@@ -310,7 +310,7 @@ class Checkpoint:
 
 
 def quantised(config: Mapping[str, Any], folder: Path) -> str | None:
-    """How a model is quantised, by its config or by the file that AutoGPTQ and AutoAWQ write beside it; None where it is not."""
+    """How a model is quantised: by its config, or the file that AutoGPTQ or AutoAWQ writes beside it; None where it is not."""
     own = config.get("quantization_config") or config.get("compression_config")
     if own:
         found = own if isinstance(own, Mapping) else {"quant_method": own}

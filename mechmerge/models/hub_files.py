@@ -93,4 +93,5 @@ def _masks_of(path: Path) -> str | None:
         return None
     masks = value.get("masks") if isinstance(value, Mapping) else None
     name = masks.get("file") if isinstance(masks, Mapping) else None
-    return name if isinstance(name, str) and name == PurePosixPath(name).name and name else None
+    plain = isinstance(name, str) and name == PurePosixPath(name).name and name.endswith(".safetensors")
+    return str(name) if plain else None

@@ -33,7 +33,11 @@ def load_packed(folder: Path, dtype: str = "float32", device: str = "cpu") -> An
 
     Memory: a packed weight takes the place of the plain one; a tied output matrix is held twice.
     """
-    model = load_model(folder, dtype, device)
+    return packed(load_model(folder, dtype, device), dtype, device)
+
+
+def packed(model: Any, dtype: str, device: str) -> Any:
+    """A model that nobody else holds yet, with packed linear layers where `kernels` says onednn. For generating only."""
     if kernels(dtype, device) == "onednn":
         _pack(model)
     return model

@@ -24,9 +24,10 @@ from mechmerge.models.demo import NAME as DEMO
 from mechmerge.models.demo import REVISION, demo_model
 from mechmerge.models.hub_errors import quiet_hub
 from mechmerge.models.hub_files import PREFIX, is_hub_reference
+from mechmerge.models.pickles import ALLOWED, converted
 from mechmerge.progress import SILENT, Progress
 
-_HUB = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -91,6 +92,7 @@ def resolve(reference: str, *, relative_to: Path | None = None, progress: Progre
         path, name, pinned = _folder(reference, relative_to, progress)
         if is_adapter(path):
             raise CheckpointError(str(path), expected="a model", found="an adapter", fix=f"name it as BASE+{reference}")
+        path = converted(path)
     hold_if_cached(path)
     checkpoint = Checkpoint(path)
     checkpoint.check_complete()
@@ -185,7 +187,8 @@ def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
     progress.note(f"resolving {text} on the Hub")
     try:
         with quiet_hub():
-            folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+            patterns = [*_PATTERNS, "pytorch_model*.bin"] if ALLOWED.get() else _PATTERNS
+            folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model reference {text!r}", expected="a folder or a model on the Hub", found=reason) from None

@@ -1,8 +1,8 @@
 """What lies beside the weights of a base and of an expert, compared: chat template, special tokens, end of an answer.
 
-The rule: a merge keeps the base's tokenizer, special tokens, chat template and generation settings, and behaviours are measured in
-the base's template; an expert's own are used in one place alone, where the expert itself is evaluated. Where they differ it is
-said, since such an expert was trained on other texts than those that the merge will read. The vocabularies themselves are no
+The rule: a merge keeps the base's tokenizer, special tokens, chat template and generation settings, and behaviours are measured
+in the base's template; an expert's own are used in one place alone, where the expert itself is evaluated. Where they differ it
+is said, since such an expert was trained on other texts than those that the merge will read. The vocabularies themselves are no
 matter of taste: `pair.check_pair` refuses others.
 """
 

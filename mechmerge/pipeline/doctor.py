@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from packaging.requirements import Requirement
+
 from mechmerge.errors import MechmergeError, MissingError
 from mechmerge.models.cache import cache_folder
 from mechmerge.version import __version__
@@ -76,8 +78,6 @@ def _system() -> Iterator[Check]:
 
 # --------------------------------------------------------------------------------------------------------------- packages
 def _packages(requirements: list[str] | None) -> Iterator[Check]:
-    from packaging.requirements import Requirement
-
     if requirements is None:
         try:
             requirements = metadata.requires("mechmerge") or []
@@ -110,35 +110,38 @@ def _extras() -> list[str]:
         return []
 
 
-def _is_for(requirement: object, extra: str) -> bool:
-    marker = getattr(requirement, "marker", None)
+def _is_for(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
     return marker is not None and not marker.evaluate({"extra": ""}) and bool(marker.evaluate({"extra": extra}))
 
 
-def _plain(requirement: object) -> str:
+def _plain(requirement: Requirement) -> str:
     return str(requirement).split(";")[0].strip()
 
 
-def _problem(requirement: object) -> str:
+def _problem(requirement: Requirement, extra: str = "") -> str:
     """Why a requirement is not met; empty where it is (or where its marker says that it is not for this machine)."""
-    name, specifier = getattr(requirement, "name", ""), getattr(requirement, "specifier", None)
-    marker = getattr(requirement, "marker", None)
-    if marker is not None and "extra" not in str(marker) and not marker.evaluate():
+    name, specifier, marker = requirement.name, requirement.specifier, requirement.marker
+    if marker is not None and "extra" not in str(marker) and not marker.evaluate({"extra": extra}):
         return ""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return f"{name} is not installed"
-    if specifier is not None and not specifier.contains(version, prereleases=True):
+    if not specifier.contains(version, prereleases=True):
         return f"{name} {version}, expected {specifier}"
-    return ""
+    # `lm-eval[vllm]` is met when what lm-eval says of its extra is.
+    inner = [Requirement(text) for text in metadata.requires(name) or []] if requirement.extras else []
+    problems = [_problem(one, extra) for extra in sorted(requirement.extras) for one in inner if _is_for(one, extra)]
+    return next((problem for problem in problems if problem), "")
 
 
 def _mergekit() -> Iterator[Check]:
-    from mechmerge.merge.probe import probe
+    from mechmerge.merge.probe import VERSION, probe
 
     try:
-        yield Check("mergekit", "ok", f"{probe()}, with all that is called")
+        probe()
+        yield Check("mergekit", "ok", f"{VERSION}, with all that is used of it")
     except MissingError as error:
         yield Check("mergekit", "missing", f"expected {error.expected}; found {error.found}", error.fix or "")
 

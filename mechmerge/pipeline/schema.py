@@ -23,16 +23,25 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "rounds": (),
     "solve": ("budget", "limit", "agreement", "unproven"),
     "top": ("budget", "overlap"),
-    "random": ("per_layer",),
+    "weighted": ("budget", "scale", "overlap"),
+    "random": ("per_layer", "match_norms"),
     "magnitude": ("per_layer",),
     "task-arithmetic": ("weight",),
     "linear": ("weight",),
     "ties": ("weight", "density"),
     "dare-ties": ("weight", "density"),
+    "della": ("weight", "density", "epsilon"),
+    "breadcrumbs": ("weight", "density", "gamma"),
+    "sce": ("topk",),
+    "model-stock": ("filter_wise",),
 }
 """What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`, `limit.NAME` a limit of its damage in
-`solve`.
+`solve`. All take `strength.EXPERT`, which multiplies an expert's coefficients.
 """
+
+
+DRAWN = ("random", "dare-ties", "della")
+"""Policies that draw at random."""
 
 
 class BehaviorPlan(Document):
@@ -88,22 +97,31 @@ class RecipePlan(Document):
     """One recipe: a policy and its parameters."""
 
     policy: Literal[
-        "conflict", "rounds", "solve", "top", "random", "magnitude", "task-arithmetic", "linear", "ties", "dare-ties"
-    ]
+        "conflict", "rounds", "solve", "top", "weighted", "random", "magnitude", "task-arithmetic", "linear", "ties",
+        "dare-ties", "della", "breadcrumbs", "sce", "model-stock",
+    ]  # fmt: skip
     like: str | None = None
     """For the controls: the recipe whose shares they copy (an earlier one of this file)."""
+    within: str | None = None
+    """For `ties` and `dare-ties`: the recipe whose coefficients they work inside (an earlier one of this file)."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the policy, such as budget, overlap, weight or density."""
     seed: int = 0
+    seeds: int = Field(default=1, ge=1, le=100)
+    """Of what is drawn at random: so many recipes, called NAME-SEED, with the seeds from `seed` on."""
 
     @model_validator(mode="after")
     def _controls(self) -> RecipePlan:
         known = PARAMETERS[self.policy]
         for name in self.parameters:
-            if name.partition(".")[0] not in known:
+            if name.partition(".")[0] not in (*known, "strength"):
                 raise ValueError(f"parameters: {name!r} is not one of {', '.join(known) or 'none'} (policy {self.policy})")
+        if self.seeds > 1 and self.policy not in DRAWN:
+            raise ValueError(f"`seeds` belongs to what is drawn at random: {', '.join(DRAWN)}")
         if self.policy == "top" and "budget" not in self.parameters:
             raise ValueError("parameters: the policy top needs a budget")
+        if self.within is not None and self.policy not in ("ties", "dare-ties"):
+            raise ValueError("`within` belongs to the policies ties and dare-ties")
         if (self.policy in ("random", "magnitude")) != (self.like is not None):
             raise ValueError("`like` belongs to the policies random and magnitude, and they need it")
         return self
@@ -171,6 +189,23 @@ class Pipeline(Document):
     gate: Gate
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _several_seeds(cls, value: Any) -> Any:
+        """A recipe of several seeds becomes as many recipes; broken values are left to be found by the fields."""
+        recipes = value.get("recipes") if isinstance(value, dict) else None
+        if not isinstance(recipes, dict):
+            return value
+        made: dict[Any, Any] = {}
+        for name, plan in recipes.items():
+            seeds, seed = (plan.get("seeds", 1), plan.get("seed", 0)) if isinstance(plan, dict) else (1, 0)
+            drawn = isinstance(plan, dict) and plan.get("policy") in DRAWN
+            if not (drawn and type(seeds) is int and type(seed) is int and 1 < seeds <= 100):
+                made[name] = plan
+                continue
+            made |= {f"{name}-{seed + i}": plan | {"seed": seed + i, "seeds": 1} for i in range(seeds)}
+        return value | {"recipes": made}
+
     @model_validator(mode="after")
     def _names(self) -> Pipeline:
         import re
@@ -192,6 +227,8 @@ class Pipeline(Document):
                 raise ValueError(f"recipe {name}: the name is taken by a model or an earlier recipe")
             if plan.like is not None and plan.like not in taken - {"base", *self.experts}:
                 raise ValueError(f"recipe {name}: like {plan.like!r} is not an earlier recipe")
+            if plan.within is not None and plan.within not in taken - {"base", *self.experts}:
+                raise ValueError(f"recipe {name}: within {plan.within!r} is not an earlier recipe")
             taken.add(name)
         for name, behavior in self.behaviors.items():
             if behavior.expert not in self.experts:

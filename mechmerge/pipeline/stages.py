@@ -6,6 +6,7 @@ A stage's key holds nothing that its outputs do not depend on, so that a sweep c
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.settings import LocalizeSettings, score_file
 from mechmerge.localize.solving import SolveSettings, settle_solution
 from mechmerge.localize.stage import localize
+from mechmerge.models.deltas import delta_norms
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.schema import Pipeline, RecipePlan
 from mechmerge.pipeline.source import Resolved
@@ -213,11 +215,12 @@ class Stages:
         for name, plan in self.plan.recipes.items():
             own = self.solution(name)
             measured = {str(own.relative_to(self.run)): sha256_file(own)} if plan.policy == "solve" else common
-            like = self.recipe(plan.like) if plan.like else None
+            like, within = (self.recipe(one) if one else None for one in (plan.like, plan.within))
             inputs = {
                 "plan": plan.model_dump(mode="json"),
                 "measured": measured,
                 "like": sha256_file(like) if like else None,
+                "within": sha256_file(within) if within else None,
                 "rules": self.common["rules"],
                 "out_dtype": self.plan.out_dtype,
             }
@@ -233,6 +236,8 @@ class Stages:
             parameters=plan.parameters,
             seed=plan.seed,
             like=read_recipe(self.recipe(plan.like)) if plan.like else None,
+            within=read_recipe(self.recipe(plan.within)) if plan.within else None,
+            delta_norms=self._norms,
             out_dtype=self.plan.out_dtype,
             vocabulary=self.plan.vocabulary,
             positions=self.plan.positions,
@@ -240,6 +245,10 @@ class Stages:
         for note in compiled.notes:
             self.progress.note(f"note: recipe {name}: {note}")
         write_recipe(self.recipe(name), compiled.recipe, compiled.masks)
+
+    def _norms(self, expert: str) -> Mapping[str, Any]:
+        """Delta norms of an expert that no score file tells of."""
+        return delta_norms(self.base.checkpoint(), self.experts[expert].checkpoint())
 
     def _expert_ids(self) -> dict[str, ModelId]:
         return {name: model.id for name, model in self.experts.items()}

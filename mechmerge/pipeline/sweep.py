@@ -21,18 +21,19 @@ from pydantic import ValidationError
 
 from mechmerge.artifacts import Document, lock, parse_yaml, write_json, write_yaml
 from mechmerge.errors import InputError
-from mechmerge.evaluate.gate import Gate, GateResult, check_gate
+from mechmerge.evaluate.gate import Gate, GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model
+from mechmerge.pipeline.ranking import judged
 from mechmerge.pipeline.run import evaluated, merged_models, suites_of
-from mechmerge.pipeline.schema import PARAMETERS, Pipeline, RecipePlan
+from mechmerge.pipeline.schema import DRAWN, PARAMETERS, Pipeline, RecipePlan
 from mechmerge.pipeline.source import Resolved, resolve_pipeline
 from mechmerge.pipeline.stages import Stages, run_record
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
 
 CONTROLS = ("random", "magnitude")
-MEASURED = ("conflict", "rounds", "solve", "top")
+MEASURED = ("conflict", "rounds", "solve", "top", "weighted")
 """Policies that controls copy the shares of."""
 
 
@@ -43,6 +44,8 @@ class Variant(Document):
     experts: tuple[str, ...]
     policy: str
     parameters: dict[str, Any]
+    seed: int = 0
+    """Of what is drawn at random."""
     like: str | None = None
     """For a control: the variant whose shares it copies."""
 
@@ -120,12 +123,14 @@ def expert_sets(names: Sequence[str], wanted: Sequence[Any]) -> list[tuple[str, 
 def variants(pipeline: Pipeline, vary: dict[str, list[Any]]) -> list[Variant]:
     """All combinations for one set of experts.
 
-    A parameter is varied for the policies that have it. Without `policy` the pipeline's own recipes are varied.
+    A parameter is varied for the policies that have it; `seeds=5` makes five of each that draws at random. Without `policy` the
+    pipeline's own recipes are varied.
 
     Raises:
         InputError: an unknown policy, a parameter that no policy here has, or a control without a policy to copy.
     """
-    given = {name: values for name, values in vary.items() if name not in ("policy", "experts")}
+    given = {name: values for name, values in vary.items() if name not in ("policy", "experts", "seeds")}
+    seeds = _seeds(vary.get("seeds", [1]))
     if "policy" in vary:
         plans: list[tuple[str, str, dict[str, Any]]] = [(str(policy), str(policy), {}) for policy in vary["policy"]]
     else:
@@ -146,23 +151,38 @@ def variants(pipeline: Pipeline, vary: dict[str, list[Any]]) -> list[Variant]:
             raise InputError(
                 f"--vary policy={policy}", expected=f"one of {', '.join(MEASURED)} beside the control", found="none"
             )
-        for like, values in itertools.product(copied, itertools.product(*(given[name] for name in names))):
+        drawn = range(seeds) if policy in DRAWN else range(1)
+        for like, values, seed in itertools.product(copied, itertools.product(*(given[name] for name in names)), drawn):
             chosen = dict(zip(names, values, strict=True))
             parts = [title, *(f"{name}-{value}" for name, value in chosen.items()), *([f"like-{like.name}"] if like else [])]
+            parts += [f"seed-{seed}"] if len(drawn) > 1 else []
             made.append(
                 Variant(
                     name="_".join(parts).replace("+", "-"),
                     experts=tuple(pipeline.experts),
                     policy=policy,
                     parameters=parameters | chosen,
+                    seed=seed,
                     like=like.name if like else None,
                 )
             )
     return made
 
 
+def _seeds(values: Sequence[Any]) -> int:
+    """How many seeds of everything that is drawn.
+
+    Raises:
+        InputError: no number from 1 to 100.
+    """
+    if len(values) != 1 or type(values[0]) is not int or not 1 <= values[0] <= 100:
+        raise InputError("--vary seeds", expected="one number from 1 to 100", found=", ".join(map(str, values)))
+    count: int = values[0]
+    return count
+
+
 def _takes(policy: str, parameter: str) -> bool:
-    return parameter.partition(".")[0] in PARAMETERS[policy]
+    return parameter.partition(".")[0] in (*PARAMETERS[policy], "strength")
 
 
 def subset(pipeline: Pipeline, experts: Sequence[str], vary: dict[str, list[Any]]) -> tuple[Pipeline, list[Variant]]:
@@ -179,7 +199,7 @@ def subset(pipeline: Pipeline, experts: Sequence[str], vary: dict[str, list[Any]
     )
     made = variants(part, vary)
     try:
-        recipes = {v.name: RecipePlan(policy=v.policy, like=v.like, parameters=v.parameters) for v in made}  # type: ignore[arg-type]
+        recipes = {v.name: RecipePlan(policy=v.policy, like=v.like, parameters=v.parameters, seed=v.seed) for v in made}  # type: ignore[arg-type]
     except ValidationError as error:
         raise InputError("--vary", expected="parameters that the policy takes", found=str(error.errors()[0]["msg"])) from None
     return part.model_copy(update={"recipes": recipes, "publish": made[0].name}), made
@@ -261,19 +281,11 @@ def _stages(source: Resolved, run: Path, sweep: Path, progress: Progress, device
 def _ranked(
     evaluation: Evaluation, gate: Gate, found: Sequence[tuple[str, Variant, str]], models: dict[str, Model]
 ) -> tuple[Ranked, ...]:
-    """The variants, best first; each is judged by every rule that names no model but the gate's own."""
-    rules = tuple(rule.model_copy(update={"model": None}) if rule.model == gate.model else rule for rule in gate.rules)
+    """The variants, best first."""
     ids = {name: model.id for name, model in models.items()}
-    rows = []
-    for name, variant, recipe in found:
-        result = check_gate(evaluation, Gate(model=name, rules=rules), name, weights=ids)
-        known = evaluation.metrics(name)
-        heads = {flat: known[flat].value for suite in evaluation.suites.values() for flat in suite.headlines if flat in known}
-        missing = sum(1.0 if rule.short_by is None else rule.short_by for rule in result.failed)
-        mean = sum(heads.values()) / len(heads)
-        rows.append(((len(result.failed), missing, -mean), variant, result, heads, recipe))
-    rows.sort(key=lambda row: row[0])
+    rows = [(judged(evaluation, gate, name, ids), variant, recipe) for name, variant, recipe in found]
+    rows.sort(key=lambda row: row[0].order)
     return tuple(
-        Ranked(rank=rank, variant=variant, gate=result, metrics=heads, recipe=recipe)
-        for rank, (_, variant, result, heads, recipe) in enumerate(rows, 1)
+        Ranked(rank=rank, variant=variant, gate=one.gate, metrics=one.metrics, recipe=recipe)
+        for rank, (one, variant, recipe) in enumerate(rows, 1)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,15 +13,59 @@ from mechmerge.errors import InputError
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
-from mechmerge.recipe.controls import magnitude_like, random_like
-from mechmerge.recipe.policies import Choice, Overlap, Weighting, conflict, predicted_change, rounds, solve, top
+from mechmerge.recipe.controls import magnitude_like, norm_matched, random_like
+from mechmerge.recipe.policies import (
+    Choice,
+    Overlap,
+    Scale,
+    Weighting,
+    conflict,
+    predicted_change,
+    rounds,
+    solve,
+    top,
+    weighted,
+)
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
 from mechmerge.recipe.sources import Sources
+from mechmerge.recipe.strengths import strengthened, without_strengths
 
 CONTROLS = ("random", "magnitude")
-BASELINES: dict[str, str] = {"task-arithmetic": "task_arithmetic", "linear": "linear", "ties": "ties", "dare-ties": "dare_ties"}
+BASELINES: dict[str, str] = {
+    "task-arithmetic": "task_arithmetic",
+    "linear": "linear",
+    "ties": "ties",
+    "dare-ties": "dare_ties",
+    "della": "della",
+    "breadcrumbs": "breadcrumbs",
+    "sce": "sce",
+    "model-stock": "model_stock",
+}
 """Our names of mergekit's methods."""
-POLICIES: tuple[str, ...] = ("conflict", "rounds", "solve", "top", *CONTROLS, *BASELINES)
+OF_BASELINES: dict[str, dict[str, Scalar]] = {
+    "task-arithmetic": {"weight": 1.0},
+    "linear": {"weight": 1.0},
+    "ties": {"weight": 1.0, "density": 0.5},
+    "dare-ties": {"weight": 1.0, "density": 0.5},
+    "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.15},
+    "breadcrumbs": {"weight": 1.0, "density": 0.9, "gamma": 0.01},
+    "sce": {"topk": 1.0},
+    "model-stock": {"filter_wise": False},
+}
+"""Parameters of each baseline, with what they are where none is given: TIES (https://arxiv.org/abs/2306.01708) and DARE
+(https://arxiv.org/abs/2311.03099) keep a density of each delta; DELLA (https://arxiv.org/abs/2406.11617) draws with
+probabilities density ± epsilon by size; Breadcrumbs (https://arxiv.org/abs/2312.06795) leaves out the largest gamma as well;
+SCE (https://arxiv.org/abs/2408.07990) keeps the topk share of elements by variance over experts and weighs these itself, so
+it has no weight; Model Stock (https://arxiv.org/abs/2403.19522) finds its own place between base and mean, of each tensor or
+(`filter_wise`) each of its rows.
+"""
+DRAWN = ("dare-ties", "della")
+"""Baselines that draw at random."""
+WITHIN = ("ties", "dare-ties")
+"""Baselines that can be confined to another recipe's coefficients."""
+_OF_EXPERTS = ("density", "epsilon", "gamma")
+_NAMES_THERE = {"topk": "select_topk"}
+POLICIES: tuple[str, ...] = ("conflict", "rounds", "solve", "top", "weighted", *CONTROLS, *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -46,6 +90,7 @@ def compile_recipe(
     parameters: Mapping[str, Any] | None = None,
     seed: int = 0,
     like: Like | None = None,
+    within: Like | None = None,
     delta_norms: Norms | None = None,
     out_dtype: OutDtype = "bfloat16",
     vocabulary: VocabularyRule = "same",
@@ -57,10 +102,12 @@ def compile_recipe(
         policy: one of `POLICIES`.
         sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
         parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `solve`: budget,
-            limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `random`, `magnitude`:
-            per_layer; baselines: weight, and density for `ties` and `dare-ties`.
-        seed: of `random` and `dare-ties`.
+            limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`: budget, scale,
+            overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
+            All: `strength.EXPERT`, which multiplies every coefficient of an expert (recipe/strengths.py).
+        seed: of what is drawn at random: `random` and `DRAWN`.
         like: for the controls, the recipe whose shares they copy, with its masks.
+        within: for `ties` and `dare-ties`, the recipe whose coefficients they work inside, with its masks.
         delta_norms: called by `magnitude` for experts without score files.
 
     Raises:
@@ -68,9 +115,20 @@ def compile_recipe(
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}", expected=f"one of {', '.join(POLICIES)}", found="none of them")
-    given = dict(parameters or {})
+    strengths, given = without_strengths(parameters or {})
+    if strengths:
+        plain = compile_recipe(
+            policy, sources, parameters=given, seed=seed, like=like, within=within, delta_norms=delta_norms,
+            out_dtype=out_dtype, vocabulary=vocabulary, positions=positions,
+        )  # fmt: skip
+        return Compiled(*strengthened(plain.recipe, plain.masks, strengths, sources.effects), plain.notes)
     common: dict[str, Any] = {"out_dtype": out_dtype, "vocabulary": vocabulary, "positions": positions}
+    if within is not None and policy not in WITHIN:
+        raise InputError(f"policy {policy}", expected="no recipe to work within", found="one",
+                         fix=f"--within belongs to {' and '.join(WITHIN)}")  # fmt: skip
     if policy in BASELINES:
+        if within is not None:
+            return _within(policy, sources, given, seed, within, common)
         return Compiled(_baseline(policy, sources, given, seed, common), {})
     if (policy in CONTROLS) != (like is not None):
         raise InputError(f"policy {policy}", expected="another recipe to be like" if like is None else "no recipe to be like",
@@ -78,7 +136,13 @@ def compile_recipe(
     if like is not None:
         return _control(policy, sources, given, seed, like, delta_norms, common)
     settings = _gathered(_gathered(given, "weight"), "limit")
-    functions: dict[str, Callable[..., Choice]] = {"conflict": conflict, "rounds": rounds, "solve": solve, "top": top}
+    functions: dict[str, Callable[..., Choice]] = {
+        "conflict": conflict,
+        "rounds": rounds,
+        "solve": solve,
+        "top": top,
+        "weighted": weighted,
+    }
     measured = _measured(policy, sources)
     if policy == "solve" and isinstance(measured, RoundsFile):
         given = _asked(measured, given)
@@ -104,8 +168,9 @@ def _measured(policy: str, sources: Sources) -> Any:
         if sources.rounds is None:
             raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
         return sources.rounds
-    if policy == "solve" and sources.rounds is not None:
-        return sources.rounds
+    settled = sources.rounds
+    if policy == "solve" and settled is not None and (settled.metadata.method == "solve" or sources.effects is None):
+        return settled
     if policy in ("conflict", "solve"):
         if sources.effects is None:
             raise InputError(
@@ -120,7 +185,10 @@ def _measured(policy: str, sources: Sources) -> Any:
     missing = sources.experts.keys() - sources.scores.keys()
     if missing:
         raise InputError(
-            "policy top", expected=f"score files of {', '.join(sorted(missing))}", found="none", fix="run `mechmerge localize`"
+            f"policy {policy}",
+            expected=f"score files of {', '.join(sorted(missing))}",
+            found="none",
+            fix="run `mechmerge localize`",
         )
     return sources.scores
 
@@ -139,16 +207,16 @@ def _asked(file: RoundsFile, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     proven = record.linearity is not None and record.linearity.holds
     limits = {f"limit.{name}": limit for name, limit in record.limits.items()}
-    asked = {"budget": record.budget, **limits} | ({} if proven else {"unproven": True})
+    asked = {"budget": record.budget, **limits} | ({} if record.agreement else {"agreement": False})
+    asked |= {} if proven else {"unproven": True}
     for name, value in given.items():
-        if name not in ("unproven", "agreement") and asked.get(name) != value:
-            raise InputError(
-                f"policy solve: {name}", expected=f"{asked.get(name)}, as the rounds file was made", found=repr(value)
-            )
+        was = asked.get(name, True if name == "agreement" else None)
+        if name != "unproven" and was != value:
+            raise InputError(f"policy solve: {name}", expected=f"{was}, as the rounds file was made", found=repr(value))
     return asked
 
 
-CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting)}
+CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting), "scale": get_args(Scale)}
 
 
 def _call(policy: str, function: Callable[..., Choice], measured: Any, settings: Mapping[str, Any]) -> Choice:
@@ -179,25 +247,86 @@ def _number(policy: str, name: str, value: Any, low: float, high: float) -> floa
     return float(value)
 
 
+def _settings(policy: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
+    """All parameters of a baseline.
+
+    Raises:
+        InputError: one that it does not have, or a value out of range.
+    """
+    known = OF_BASELINES[policy]
+    _known(policy, given, list(known))
+    settings: dict[str, Scalar] = known | dict(given)
+    for name, value in settings.items():
+        if name == "filter_wise":
+            if not isinstance(value, bool):
+                raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(value))
+        else:
+            settings[name] = _number(policy, name, value, *((-100, 100) if name == "weight" else (0, 1)))
+    if "epsilon" in settings:
+        density, epsilon = float(settings["density"]), float(settings["epsilon"])
+        if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+            raise InputError(
+                f"policy {policy}", expected="density ± epsilon between 0 and 1", found=f"{density:g} ± {epsilon:g}"
+            )
+    return settings
+
+
+def _method(policy: str, settings: Mapping[str, Scalar], experts: Iterable[str], within: bool = False) -> MergekitMethod:
+    """The mergekit block of a baseline."""
+    each = {name: settings[name] for name in _OF_EXPERTS if name in settings} | (
+        {"weight": settings["weight"]} if within else {}
+    )
+    # TIES and DELLA divide by the weights of the experts that agree (TIES' disjoint mean); the plain sums must not be divided.
+    whole: dict[str, Scalar] = {"normalize": policy in ("linear", "ties", "della")} if "weight" in settings else {}
+    own = {k: v for k, v in settings.items() if k not in _OF_EXPERTS and k != "weight"}
+    whole |= {_NAMES_THERE.get(k, k): v for k, v in own.items()}
+    return MergekitMethod.model_validate(
+        {
+            "method": BASELINES[policy],
+            "parameters": whole,
+            "expert_parameters": {name: dict(each) for name in experts} if each else {},
+            "within": within,
+        }
+    )
+
+
 def _baseline(policy: str, sources: Sources, given: dict[str, Any], seed: int, common: dict[str, Any]) -> Recipe:
-    sparse = policy in ("ties", "dare-ties")
-    settings: dict[str, Scalar] = {"weight": 1.0} | ({"density": 0.5} if sparse else {}) | given
-    _known(policy, settings, ["weight", "density"] if sparse else ["weight"])
-    weight = _number(policy, "weight", settings["weight"], -100, 100)
-    each: dict[str, dict[str, Scalar]] = {}
-    if sparse:
-        density = _number(policy, "density", settings["density"], 0, 1)
-        each = {name: {"density": density} for name in sources.experts}
-    # TIES divides by the weights of the experts that agree (the paper's disjoint mean); the plain sums must not be divided.
-    whole: dict[str, Scalar] = {"normalize": policy in ("linear", "ties")}
+    settings = _settings(policy, given)
+    if policy == "model-stock" and len(sources.experts) < 2:
+        raise InputError("policy model-stock", expected="two experts or more", found=str(len(sources.experts)))
+    weight = float(settings.get("weight", 1.0))
     return Recipe(
         base=sources.base,
         experts={name: RecipeExpert(model=model, default=weight) for name, model in sources.experts.items()},
-        policy=Policy(name=policy, parameters=settings, seed=seed if policy == "dare-ties" else None),
-        mergekit=MergekitMethod(method=BASELINES[policy], parameters=whole, expert_parameters=each),  # type: ignore[arg-type]
+        policy=Policy(name=policy, parameters=settings, seed=seed if policy in DRAWN else None),
+        mergekit=_method(policy, settings, sources.experts),
         provenance=sources.provenance,
         **common,
     )
+
+
+def _within(policy: str, sources: Sources, given: dict[str, Any], seed: int, within: Like, common: dict[str, Any]) -> Compiled:
+    """TIES or DARE-TIES inside another recipe's coefficients."""
+    model, masks = within
+    settings = _settings(policy, given)
+    if model.mergekit is not None:
+        raise InputError(f"policy {policy}", expected="a recipe of coefficients to work within", found=model.policy.name)
+    if model.base.digest != sources.base.digest:
+        raise InputError(f"policy {policy}", expected=f"a recipe of the base {sources.base.name}", found=model.base.name)
+    recipe = model.model_copy(
+        update={
+            "policy": Policy(
+                name=f"{policy} within {model.policy.name}", parameters=settings, seed=seed if policy in DRAWN else None
+            ),
+            "masks": None,
+            "mergekit": _method(policy, settings, model.experts, within=True),
+            "predicted": None,
+            "realised": None,
+            "provenance": sources.provenance,
+            **common,
+        }
+    )
+    return Compiled(recipe, dict(masks))
 
 
 def _control(
@@ -210,7 +339,7 @@ def _control(
     common: dict[str, Any],
 ) -> Compiled:
     model, masks = like
-    _known(policy, given, ["per_layer"])
+    _known(policy, given, ["per_layer", "match_norms"] if policy == "random" else ["per_layer"])
     if not masks or model.rules:
         raise InputError(
             f"policy {policy}", expected="a recipe of masks to be like", found=f"one of rules ({model.policy.name})"
@@ -218,7 +347,9 @@ def _control(
     if model.base.digest != sources.base.digest:
         raise InputError(f"policy {policy}", expected=f"a recipe of the base {sources.base.name}", found=model.base.name)
     per_layer = bool(given.get("per_layer", False))
-    if policy == "random":
+    if policy == "random" and given.get("match_norms", False):
+        drawn = norm_matched(masks, _norms(model, masks, sources, delta_norms), seed)
+    elif policy == "random":
         drawn = random_like(masks, seed, per_layer)
     else:
         drawn = magnitude_like(masks, _norms(model, masks, sources, delta_norms), per_layer)

@@ -1,18 +1,26 @@
 """Controls: recipes of the same shares as another, chosen without looking at what components do.
 
 A policy is worth something only where it beats these at equal counts of each kind for each expert. `random_like` shuffles
-the coefficients (a permutation test's null, https://en.wikipedia.org/wiki/Permutation_test); `magnitude_like` gives the
-largest ones to the largest deltas, the assumption behind magnitude pruning and TIES (https://arxiv.org/abs/2306.01708).
+the coefficients (a permutation test's null, https://en.wikipedia.org/wiki/Permutation_test), within each layer if told;
+`norm_matched` shuffles only among components of one layer whose deltas are about as large, so that as much is moved as by the
+policy and all that differs is *which* components; `magnitude_like` gives the largest coefficients to the largest deltas, the
+assumption behind magnitude pruning and TIES (https://arxiv.org/abs/2306.01708).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mechmerge.errors import InputError
 from mechmerge.recipe.schema import Array, Masks
+
+TOLERANCE = 0.01
+"""By which the moved norm of a norm-matched shuffle may differ."""
+STRATA = (16, 8, 4, 2)
+DRAWS = 20
+"""Shuffles that are tried of each size of strata."""
 
 
 def random_like(masks: Masks, seed: int, per_layer: bool = False) -> Masks:
@@ -48,13 +56,76 @@ def magnitude_like(masks: Masks, delta_norms: Mapping[str, Array], per_layer: bo
     """
     result: Masks = {}
     for name, mask in masks.items():
-        norms = delta_norms.get(name)
-        if norms is None or norms.shape != mask.shape or not np.isfinite(norms).all():
-            found = "none" if norms is None else f"{list(norms.shape)}, some of them not numbers"
-            raise InputError(f"delta norms of {name}", expected=f"norms of shape {list(mask.shape)}", found=found)
+        norms = _checked(name, mask, delta_norms)
         rows, by = (mask, norms) if per_layer else (mask.reshape(1, -1), norms.reshape(1, -1))
         order = np.argsort(-by, axis=1, kind="stable")
         ranked = np.empty_like(rows)
         np.put_along_axis(ranked, order, -np.sort(-rows, axis=1), axis=1)
         result[name] = ranked.reshape(mask.shape)
     return result
+
+
+def norm_matched(masks: Masks, delta_norms: Mapping[str, Array], seed: int, tolerance: float = TOLERANCE) -> Masks:
+    """The same coefficients of each expert, kind and layer, shuffled among components whose deltas are about as large.
+
+    The components of a layer are sorted by the norm of their delta and cut into strata, and each stratum is shuffled. Of
+    shuffles of ever finer strata (16 components, 8, 4, 2) the first is taken whose moved norm √Σ (c · ‖δ‖)² of every expert
+    is that of the given masks up to the tolerance.
+
+    Args:
+        masks: `<expert>.<kind>` → [layers, units].
+        delta_norms: `<expert>.<kind>` → Frobenius norms of expert − base, [layers, units].
+        seed: of numpy's PCG64.
+        tolerance: largest relative difference of an expert's moved norm.
+
+    Raises:
+        InputError: norms of a mask are missing, of another shape, or not numbers; or no shuffle is within the tolerance.
+    """
+    norms = {name: _checked(name, mask, delta_norms) for name, mask in masks.items()}
+    generator = np.random.default_rng(seed)
+    experts = sorted({name.rpartition(".")[0] for name in masks})
+    made: Masks = {}
+    for expert in experts:
+        own = [name for name in sorted(masks) if name.rpartition(".")[0] == expert]
+        wanted = moved_norm([masks[name] for name in own], [norms[name] for name in own])
+        least = np.inf
+        for size in STRATA:
+            for _ in range(DRAWS):
+                drawn = {name: _within_strata(masks[name], norms[name], size, generator) for name in own}
+                found = moved_norm([drawn[name] for name in own], [norms[name] for name in own])
+                off = abs(found - wanted) / wanted if wanted > 0 else 0.0
+                least = min(least, off)
+                if off <= tolerance:
+                    break
+            if off <= tolerance:
+                made |= drawn
+                break
+        else:
+            raise InputError(
+                f"shuffle of {expert}", expected=f"a moved norm within {tolerance:g} of the recipe's",
+                found=f"{least:.3g} at best", fix="compare with `per_layer` shuffles",
+            )  # fmt: skip
+    return {name: made[name] for name in masks}
+
+
+def moved_norm(masks: Sequence[Array], norms: Sequence[Array]) -> float:
+    """√Σ (coefficient · ‖δ‖)² over components."""
+    return float(np.sqrt(sum(float(np.square(m * n, dtype=np.float64).sum()) for m, n in zip(masks, norms, strict=True))))
+
+
+def _within_strata(mask: Array, norms: Array, size: int, generator: np.random.Generator) -> Array:
+    """Each layer's coefficients, shuffled among `size` neighbours in the order of their norms (where strata begin is drawn)."""
+    result = mask.copy()
+    for layer, order in enumerate(np.argsort(norms, axis=1, kind="stable")):
+        start = int(generator.integers(size))
+        for stratum in np.split(order, range(start, len(order), size)):
+            result[layer, stratum] = generator.permutation(mask[layer, stratum])
+    return result
+
+
+def _checked(name: str, mask: Array, delta_norms: Mapping[str, Array]) -> Array:
+    norms = delta_norms.get(name)
+    if norms is None or norms.shape != mask.shape or not np.isfinite(norms).all():
+        found = "none" if norms is None else f"{list(norms.shape)}, some of them not numbers"
+        raise InputError(f"delta norms of {name}", expected=f"norms of shape {list(mask.shape)}", found=found)
+    return norms

@@ -25,6 +25,8 @@ from mechmerge.recipe.schema import Recipe
 
 METHOD = "mechmerge_masked"
 """Name of our merge method in mergekit's registry."""
+WITHIN = "mechmerge_within"
+"""Name of the one that is TIES or DARE-TIES inside a mask."""
 Paths = Mapping[str, Path | str]
 """`base` and every expert's name → a checkpoint folder, or what else mergekit takes for a model."""
 Shapes = Mapping[str, tuple[int, ...]]
@@ -76,26 +78,33 @@ def emit_masked(recipe: Recipe, recipe_file: Path | str, paths: Paths) -> str:
         paths: where the models are.
 
     Raises:
-        InputError: the recipe is a baseline.
+        InputError: the recipe is a baseline that does not work within coefficients.
     """
-    if recipe.mergekit is not None:
+    if recipe.mergekit is not None and not recipe.mergekit.within:
         raise InputError("recipe", expected="a recipe of coefficients", found=f"the baseline {recipe.mergekit.method}")
     models = [{"model": model_entry(paths[name]), "parameters": {"expert": name}} for name in recipe.experts]
-    return _dump(recipe, METHOD, models, paths, {"recipe": str(recipe_file)})
+    method = METHOD if recipe.mergekit is None else WITHIN
+    return _dump(recipe, method, models, paths, {"recipe": str(recipe_file)})
 
 
 def emit_baseline(recipe: Recipe, paths: Paths) -> str:
     """A baseline as YAML for any mergekit 0.1.5; an expert's default coefficient is its weight.
 
     Raises:
-        InputError: the recipe has no mergekit block.
+        InputError: the recipe has no mergekit block, or one that needs our method.
     """
     if recipe.mergekit is None:
         raise InputError("recipe", expected="a baseline", found=f"the policy {recipe.policy.name}")
+    if recipe.mergekit.within:
+        raise InputError(
+            "recipe", expected="one of mergekit's own methods", found=f"{recipe.policy.name}, which cuts tensors",
+            fix="use --emit masked",
+        )  # fmt: skip
     models = []
     for name, expert in recipe.experts.items():
-        parameters = {"weight": expert.default, **recipe.mergekit.expert_parameters.get(name, {})}
-        models.append({"model": model_entry(paths[name]), "parameters": parameters})
+        weight = {"weight": expert.default} if recipe.mergekit.weighted else {}
+        parameters = {**weight, **recipe.mergekit.expert_parameters.get(name, {})}
+        models.append({"model": model_entry(paths[name])} | ({"parameters": parameters} if parameters else {}))
     if recipe.mergekit.method == "linear":
         # linear weighs the base like any other input; without an entry mergekit finds no weight for it.
         models.append({"model": model_entry(paths["base"]), "parameters": {"weight": 0.0}})

@@ -66,7 +66,7 @@ def resolved(recipe: Recipe, masks: Masks, shapes: Shapes) -> Coefficients:
         InputError: a baseline, whose method decides weight by weight, or rules that do not fit.
         MissingError: sizes are not told.
     """
-    if recipe.mergekit is not None:
+    if recipe.mergekit is not None and not recipe.mergekit.within:
         raise InputError(
             "recipe",
             expected="a recipe of coefficients",

@@ -10,6 +10,10 @@
 `top`: the best share of each expert by its localization score ("Weight Patching", arXiv 2604.13694, ranks components so), where
     DARE keeps a random share (https://arxiv.org/abs/2311.03099) and TIES the largest (https://arxiv.org/abs/2306.01708).
 
+`weighted`: no hard cut: a coefficient for every component from its rank or its score, as Fisher merging (Matena and Raffel,
+    https://arxiv.org/abs/2111.09832) has one for every parameter from its information. One for each component from
+    localization scores, calibrated to a budget, is ours.
+
 All are pure: the same files give the same coefficients.
 """
 
@@ -32,6 +36,7 @@ from mechmerge.recipe.schema import Array, Masks
 
 Weighting = Literal["own-gain", "equal"]
 Overlap = Literal["sum", "share", "winner"]
+Scale = Literal["rank", "share"]
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,72 @@ def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overl
         for i, expert in enumerate(scores):
             masks[f"{expert}.{kind}"] = values[i]
     return Choice(dict.fromkeys(scores, 0.0), masks, notes=tuple(notes))
+
+
+def weighted(
+    scores: Mapping[str, Sequence[ScoreFile]], budget: float = 0.5, scale: Scale = "rank", overlap: Overlap = "sum"
+) -> Choice:
+    """A coefficient for each head, KV group and neuron that rises with its score; all else stays the base's.
+
+    Args:
+        scores: each expert's score files; a component's score is its mean over them.
+        budget: mean coefficient of each kind of each expert, 0 < budget ≤ 1: what is moved is as much as under `top`.
+        scale: `rank`: r^γ with r = (rank − ½) / number, 0 … 1, over the components of the kind that have a score (the mean
+            rank where scores are equal), and γ such that the budget is met; `share`: score / τ, at most 1, of those above 0,
+            and τ such that it is met.
+        overlap: where several experts have a coefficient: as they are (`sum`), divided by their sum where that is above 1
+            (`share`), or the largest alone (`winner`; equal ones: the first expert's).
+
+    Components without a score, or above the anchor, get 0. The budget is not reached where too few have one; the notes say so,
+    and which files were left out, as for `top`.
+
+    Raises:
+        InputError: a budget outside (0, 1], or an expert without score files.
+    """
+    if not 0 < budget <= 1:
+        raise InputError("budget", expected="a fraction above 0 and at most 1", found=str(budget))
+    notes: list[str] = []
+    tables = {expert: _mean_scores(expert, files, notes) for expert, files in scores.items()}
+    masks: Masks = {}
+    for kind in UNIT_KINDS:
+        depths = {expert: max(file.depth for file in files) for expert, files in scores.items()}
+        found = np.stack([_graded(table[kind], depths[expert], budget, scale) for expert, table in tables.items()])
+        for expert, values in zip(scores, found, strict=True):
+            if values.mean() < budget - 1e-3:
+                notes.append(f"{expert}: too few {kind} components have a score: mean coefficient {values.mean():.3f}")
+        if overlap == "share":
+            found = found / np.maximum(found.sum(axis=0), 1)
+        elif overlap == "winner":
+            found = found * (np.arange(len(scores))[:, None, None] == found.argmax(axis=0))
+        for i, expert in enumerate(scores):
+            masks[f"{expert}.{kind}"] = found[i].astype(np.float32)
+    return Choice(dict.fromkeys(scores, 0.0), masks, notes=tuple(notes))
+
+
+def _graded(score: Array, depth: int, budget: float, scale: Scale) -> Array:
+    """float64 [layers, units], 0 … 1, rising with the score, with the mean `budget` as far as that can be."""
+    from scipy.stats import rankdata
+
+    below = np.arange(len(score))[:, None] < depth
+    known = np.isfinite(score) & below if scale == "rank" else np.isfinite(score) & below & (score > 0)
+    result = np.zeros(score.shape)
+    if not known.any():
+        return result
+    wanted = budget * score.size / known.sum()
+    values = (rankdata(score[known]) - 0.5) / known.sum() if scale == "rank" else score[known] / score[known].max()
+
+    def graded(knob: float) -> Array:
+        made: Array = values**knob if scale == "rank" else np.minimum(values / knob, 1.0)
+        return made
+
+    # The mean falls as either knob (γ, or τ in units of the largest score) rises: bisection on its logarithm.
+    low, high = 1e-9, 1e9
+    for _ in range(100):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if graded(middle).mean() > wanted else (low, middle)
+    # Rounded, so that equal ranks of two experts are equal coefficients whatever the order of summation was.
+    result[known] = graded(high).round(6)
+    return result
 
 
 def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> dict[str, Array]:

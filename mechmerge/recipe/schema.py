@@ -4,7 +4,8 @@
 
 An expert's `default` covers everything that no rule and no mask names, embeddings, norms and head included. A rule names a
 component, or many with `*` in the place of a layer or unit (`L*.attention`, `L7.neuron.*`); the most specific rule wins.
-A recipe with a `mergekit` block is a baseline: one of mergekit's own methods with its parameters, and no rules.
+A recipe with a `mergekit` block is a baseline: one of mergekit's own methods with its parameters, and no rules, unless it works
+`within` the coefficients.
 """
 
 from __future__ import annotations
@@ -88,11 +89,20 @@ class Source(Document):
 class MergekitMethod(Document):
     """A baseline: a merge method of mergekit, by its name there."""
 
-    method: Literal["task_arithmetic", "linear", "ties", "dare_ties"]
+    method: Literal["task_arithmetic", "linear", "ties", "dare_ties", "della", "breadcrumbs", "sce", "model_stock"]
     parameters: dict[str, Scalar] = Field(default_factory=dict)
     """Parameters of the whole merge, such as `normalize`."""
     expert_parameters: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
     """Parameters of single experts beside their weight, such as `density`."""
+    within: bool = False
+    """Whether it works inside the recipe's coefficients alone (merge/within.py), which masks and rules then give: `ties` and
+    `dare_ties` with shares, signs and scales of what is inside.
+    """
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the method takes a weight for every expert."""
+        return self.method not in ("sce", "model_stock")
 
 
 class Recipe(Document):
@@ -131,7 +141,9 @@ class Recipe(Document):
                 raise ValueError(f"rules.{i}: expert {rule.expert!r} is not among {', '.join(self.experts)}")
             _finite(rule.coefficient, f"rules.{i}.coefficient")
         if self.mergekit is not None:
-            if self.rules or self.masks:
+            if self.mergekit.within and self.mergekit.method not in ("ties", "dare_ties"):
+                raise ValueError(f"mergekit.within: only ties and dare_ties work inside a mask, not {self.mergekit.method}")
+            if not self.mergekit.within and (self.rules or self.masks):
                 raise ValueError("a mergekit block and rules or masks exclude each other")
             for name in self.mergekit.expert_parameters:
                 if name not in self.experts:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mechmerge.artifacts import METADATA_KEY, parse_document, parse_json, parse_yaml, read_text
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import read_effects
-from mechmerge.localize.rounds_file import read_rounds
+from mechmerge.localize.rounds_file import SolveRecord, read_rounds
 from mechmerge.localize.scores import LossRecord, ScoreMetadata, read_scores
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe.schema import read_recipe
@@ -169,12 +169,28 @@ def _effects(path: Path) -> Inspection:
         seed=meta.seed,
     )
     facts += fact_rows(**{f"caveat_{name}": why for name, why in meta.caveats.items()})
+    facts += fact_rows(protected=", ".join(b.name for b in meta.behaviors if b.protected))
+    linear: Rows = [
+        {"behaviour": name, "slope": f"{line.slope:.3f}", "R²": f"{line.r2:.3f}", "holds": "yes" if line.holds else "NO"}
+        for name, line in (meta.linearity.lines if meta.linearity is not None else {}).items()
+    ]
     shown = {
         "effects": facts,
+        **({f"predictions around the sum, {meta.linearity.masks} masks": linear} if meta.linearity is not None else {}),
         "behaviours": _parsed(effect_tables.losses_rows(file)),
         "sums of effects": _parsed(effect_tables.effects_rows(file)),
     }
     return Inspection("effects", meta.model_dump(mode="json"), _shapes(file.arrays), shown)
+
+
+def _asked(solve: SolveRecord | None) -> dict[str, Any]:
+    """What a linear program was asked, and what came of it."""
+    if solve is None:
+        return {}
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in solve.limits.items())
+    worst = f"{solve.worst_predicted:.3f} predicted, {solve.worst_realised:.3f} measured"
+    proven = "yes" if solve.linearity is not None and solve.linearity.holds else "NO"
+    return {"budget": f"{solve.budget:g}", "limits": limits, "worst_retained_gain": worst, "predictions_proven": proven}
 
 
 def _rounds(path: Path) -> Inspection:
@@ -183,6 +199,8 @@ def _rounds(path: Path) -> Inspection:
     facts = fact_rows(
         base=f"{meta.base.name} ({meta.base.digest[:12]})",
         **{f"expert_{name}": f"{model.name} ({model.digest[:12]})" for name, model in meta.experts.items()},
+        method=meta.method,
+        **_asked(meta.solve),
         dtype=meta.dtype,
         seed=meta.seed,
     )

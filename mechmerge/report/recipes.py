@@ -21,7 +21,7 @@ from mechmerge.report.tables import DEPTHS, Rows
 
 HEADER = ["recipe", "policy", "expert", "default", "rules", "heads in", "kv groups in", "neurons in", "parameters in"]
 """`in`: share of the expert's units with a coefficient other than 0; parameters: the same by head, kv and neuron parameters."""
-BY_WEIGHT = ("ties", "dare_ties")
+BY_WEIGHT = ("ties", "dare_ties", "della", "breadcrumbs", "sce")
 """Methods of mergekit that choose single weights, not components."""
 
 

@@ -9,7 +9,7 @@ a browser sends from another site, with or without a cookie.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
@@ -26,7 +26,8 @@ _bearer = HTTPBearer(auto_error=False, description="A token of `mechmerge serve 
 _cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="A session opened with a token, `POST /api/session`.")
 
 
-def service_of(request: Request) -> Service:
+# What waits for nothing is `async`: no thread is taken for it.
+async def service_of(request: Request) -> Service:
     """The service that answers."""
     service: Service = request.app.state.service
     return service
@@ -73,14 +74,14 @@ def identify(
     return found
 
 
-def require(role: Role) -> Callable[..., Identity]:
+def require(role: Role) -> Callable[..., Awaitable[Identity]]:
     """A dependency that gives who asks, if they hold a role.
 
     Raises:
         ServiceError: they do not (403).
     """
 
-    def check(identity: Annotated[Identity, Depends(identify)]) -> Identity:
+    async def check(identity: Annotated[Identity, Depends(identify)]) -> Identity:
         if not identity.may(role):
             raise ServiceError(403, "token", expected=f"the role {role}", found=identity.role)
         return identity

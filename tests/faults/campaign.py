@@ -3,10 +3,10 @@
 After the first call, whatever became of it:
 - it ended by the signal that was sent, with 130 after Ctrl-C, with 0, or with one line of an error of ours that is no bug;
 - every file under a final name is, byte for byte, the one that an undisturbed call leaves; there may be fewer.
-After the second: it ends as an undisturbed call does, and leaves the same files with the same bytes in the output folder, in the
-cache and in the folder for temporary files: nothing lacks, and nothing is left over, hidden files included.
+After the second: it ends as an undisturbed call does, and leaves the same files with the same bytes in the output folder, in
+the cache and in the folder for temporary files: nothing lacks, and nothing is left over, hidden files included.
 
-Times (`timings.jsonl`) are outside of every comparison.
+Times are outside of every comparison: `timings.jsonl`, and the cache's digests, which are kept by the times of files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,7 +61,6 @@ class Whole:
     files: Mapping[str, str]
     """Path → sha256, of everything that it leaves."""
     code: int
-    seconds: float
     moments: Mapping[str, int]
     """How often it touches the disk: `write`, `read`."""
 
@@ -70,6 +70,8 @@ def tree(root: Path) -> dict[str, str]:
     found = {}
     for folder, folders, files in os.walk(root):
         here = Path(folder).relative_to(root)
+        if str(here) == "cache":
+            folders[:] = [name for name in folders if name != "digests"]
         for name in files:
             with contextlib.suppress(FileNotFoundError):
                 found[str(here / name)] = hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()
@@ -98,8 +100,8 @@ class Campaign:
         """Output, cache and temporary files of the commands."""
         self.out, self.cache, self.temporary = (self.work / name for name in ("out", "cache", "tmp"))
         self.project = project or Project.make(root / "project")
-        self.recipe = root / "recipes" / "recipe.yaml"
         self._whole: dict[Command, Whole] = {}
+        self._seconds: dict[Command, float] = {}
         self._fresh()
         self.environment = os.environ | {
             "MECHMERGE_CACHE": str(self.cache), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -133,7 +135,7 @@ class Campaign:
         """The same without waiting for its end."""
         roots = [str(self.work), str(self.project.root)]
         fault = {"kind": kind, "at": at, "roots": roots, "count": str(self._count) if count else None}
-        arguments = self.project.arguments(command, self.out, self.recipe)
+        arguments = self.project.arguments(command, self.out)
         (runner or self.runner).start("python", [STRIKE, json.dumps(fault), *arguments])
 
     @property
@@ -141,23 +143,23 @@ class Campaign:
         return self.root / "moments"
 
     def whole(self, command: Command) -> Whole:
-        """What the command does undisturbed, found out once (the second call, with everything imported, is timed)."""
+        """What the command does undisturbed, found out once."""
         if command not in self._whole:
-            if command == "merge" and not self.recipe.exists():
-                self.whole("run")
-            counts = {}
-            for kind, name in (("unreadable", "read"), ("none", "write")):
-                self._fresh()
-                start = time.monotonic()
-                done = self.call(command, kind, 0, count=True)  # type: ignore[arg-type]
-                seconds = time.monotonic() - start
-                if done.code != 0:
-                    raise RuntimeError(f"{command} undisturbed ended with {done.code}: {done.err[-800:]}")
-                counts[name] = int(self._count.read_text())
-            self._whole[command] = Whole(tree(self.work), done.code, seconds, counts)
-            if command == "run" and not self.recipe.exists():
-                shutil.copytree(self.out / "run" / "recipes" / "conflict", self.recipe.parent)
+            self._fresh()
+            done = self.call(command, count=True)
+            if done.code != 0:
+                raise RuntimeError(f"{command} undisturbed ended with {done.code}: {done.err[-800:]}")
+            self._whole[command] = Whole(tree(self.work), done.code, json.loads(self._count.read_text()))
         return self._whole[command]
+
+    def seconds(self, command: Command) -> float:
+        """How long it takes undisturbed, measured once."""
+        if command not in self._seconds:
+            self._fresh()
+            start = time.monotonic()
+            self.call(command)
+            self._seconds[command] = time.monotonic() - start
+        return self._seconds[command]
 
     # --------------------------------------------------------------------------------------------------------------- cases
     def struck(self, command: Command, kind: Kind, at: int) -> Verdict:
@@ -168,7 +170,8 @@ class Campaign:
 
     def by_clock(self, command: Command, number: signal.Signals, share: float) -> Verdict:
         """A signal after a share of the time that the command takes undisturbed."""
-        seconds = self.whole(command).seconds * share
+        self.whole(command)
+        seconds = self.seconds(command) * share
         self._fresh()
         self.start(command)
         timer = threading.Timer(seconds, lambda: self.runner.kill(number))
@@ -293,7 +296,7 @@ def moments(count: int, number: int, seed: int) -> list[int]:
     """So many moments of 1 … count, each drawn from its own part of them."""
     draw = random.Random(seed)
     edges = [round(count * i / number) for i in range(number + 1)]
-    return [draw.randint(low + 1, max(high, low + 1)) for low, high in zip(edges, edges[1:], strict=False)]
+    return [draw.randint(low + 1, max(high, low + 1)) for low, high in pairwise(edges)]
 
 
 @contextlib.contextmanager

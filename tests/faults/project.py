@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import yaml
 
 from mechmerge.models.references import resolve
+from mechmerge.recipe.schema import Policy, Recipe, RecipeExpert, write_recipe
 from tests.tiny import tiny_adapter, tiny_expert, tiny_model
 
 Command = Literal["run", "localize", "effects", "merge", "evaluate"]
@@ -45,8 +47,17 @@ class Project:
         """Writes it: a base of two layers, an expert, and an adapter that has to be merged in the cache."""
         models = root / "models"
         base = resolve(str(tiny_model(models / "base", layers=2)))
-        tiny_expert(base.path, models / "a", seed=1)
-        tiny_adapter(base.path, models / "b", seed=2)
+        experts = {
+            "a": resolve(str(tiny_expert(base.path, models / "a", seed=1))),
+            "b": resolve(f"{base.path}+{tiny_adapter(base.path, models / 'b', seed=2)}"),
+        }
+        recipe = Recipe(
+            base=base.id,
+            experts={name: RecipeExpert(model=model.id, default=0.5) for name, model in experts.items()},
+            policy=Policy(name="by hand"),
+            out_dtype="float32",
+        )
+        write_recipe(root / "recipe.yaml", recipe, {"a.neuron": np.eye(2, 48, dtype=np.float32)})
         for name, word in (("loud", "Shout"), ("soft", "Whisper")):
             pairs = [{"with": f"{word} about {t}.", "without": f"Write about {t}.", "topic": t} for t in TOPICS]
             (root / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "pairs": pairs, "answer_tokens": 4}))
@@ -62,12 +73,8 @@ class Project:
         folder = str(self.root / "models" / name)
         return f"{self.root / 'models' / 'base'}+{folder}" if name == "b" else folder
 
-    def arguments(self, command: Command, out: Path, recipe: Path) -> Sequence[str]:
-        """The command line that writes into the folder `out`.
-
-        Args:
-            recipe: what `merge` carries out.
-        """
+    def arguments(self, command: Command, out: Path) -> Sequence[str]:
+        """The command line that writes into the folder `out`."""
         base, a, b = (self.model(name) for name in ("base", "a", "b"))
         loud, soft = self.root / "loud.yaml", self.root / "soft.yaml"
         common = ("--quiet", "--threads", "1")
@@ -83,8 +90,8 @@ class Project:
                          "--prompts", "4", "--dtype", "float32", "--max-nodes", "6", "--tolerance", "0.5",
                          "--out", out / "effects.safetensors")  # fmt: skip
             case "merge":
-                words = ("merge", recipe, out / "model",
-                         *(word for name in ("base", "a", "b") for word in ("--model", f"{name}={self.model(name)}")))  # fmt: skip
+                named = [word for name in ("base", "a", "b") for word in ("--model", f"{name}={self.model(name)}")]
+                words = ("merge", self.root / "recipe.yaml", out / "model", *named)
             case "evaluate":
                 words = ("evaluate", f"base={base}", f"a={a}", f"b={b}", "--suite", self.root / "short.yaml",
                          "--dtype", "float32", "--batch", "2", "--out", out / "evaluation.json")  # fmt: skip

@@ -38,17 +38,19 @@ class Faults:
 
     def __init__(self, kind: Kind, at: int, roots: list[str]) -> None:
         self.kind, self.at, self.roots = kind, at, tuple(roots)
-        self.seen, self.struck = 0, False
+        self.seen = {"write": 0, "read": 0}
+        self.struck = False
         self._busy = False
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._busy or not (event == "open" or event in CHANGES) or not self._beneath(arguments[0]):
             return
         writes = event != "open" or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        self.seen["write" if writes else "read"] += 1
         if writes == (self.kind == "unreadable"):
             return
-        self.seen += 1
-        if self.seen >= self.at > 0 and not self.struck and (self.kind != "full" or event in NEEDS_ROOM):
+        seen = self.seen["write" if writes else "read"]
+        if seen >= self.at > 0 and not self.struck and (self.kind != "full" or event in NEEDS_ROOM):
             self.struck = True
             self._strike(str(arguments[0]))
 
@@ -74,7 +76,7 @@ class Faults:
 
 
 def strike() -> None:
-    """Carries out `sys.argv`: a fault as JSON, then the command's arguments; at the end it writes how many moments there were."""
+    """Carries out `sys.argv`: a fault as JSON, then the command's arguments; tells how many moments there were, if asked."""
     told = json.loads(sys.argv[1])
     from mechmerge.cli.main import main
 
@@ -88,4 +90,4 @@ def strike() -> None:
     finally:
         if told.get("count"):
             faults._busy = True
-            Path(told["count"]).write_text(str(faults.seen))
+            Path(told["count"]).write_text(json.dumps(faults.seen))

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import strategies as st
 
 WEIRD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 1e300, -0.0, 0.5, "", " ", "x", "\x00", "\x1b[31mred\x1b[0m", "../../etc/passwd",
+    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 1e300, -0.0, 0.5, "", " ", "x", "\x00", "\x1b[31mred\x1b[0m",
+    "../../etc/passwd",
     "/etc/passwd", "a/b", "..", "<script>alert(1)</script>", "[bold]", "\u202e", "\ud83d\ude00", "9" * 400, "x" * 5000, [], {},
     [None], [[]], [1, "a"], {"": {}}, {"a": {"b": {"c": 1}}}, "nan", float("nan"), float("inf"), "2026-01-01",
 )  # fmt: skip

@@ -1,0 +1,68 @@
+"""mergekit's own command-line tools (https://github.com/arcee-ai/mergekit) with our merge method registered, in this process.
+
+By itself mergekit loads no plug-ins, so a YAML that names `mechmerge_masked` is refused by a plain `mergekit-yaml`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from mechmerge.errors import InputError, MissingError
+from mechmerge.merge.probe import VERSION, probe
+
+
+def register_method() -> None:
+    """Puts `mechmerge_masked` into mergekit's registry.
+
+    Raises:
+        MissingError: mergekit is not the version that this was written for.
+    """
+    probe()
+    import mechmerge.merge.method  # noqa: F401 - registers on import
+
+
+def tools() -> dict[str, metadata.EntryPoint]:
+    """mergekit's command-line tools by name, without `mergekit-` in front.
+
+    Raises:
+        MissingError: mergekit is not there.
+    """
+    try:
+        scripts = metadata.distribution("mergekit").entry_points.select(group="console_scripts")
+    except metadata.PackageNotFoundError:
+        raise MissingError(
+            "mergekit", expected=f"version {VERSION}", found="none", fix=f"pip install mergekit=={VERSION}"
+        ) from None
+    return {script.name.removeprefix("mergekit-"): script for script in sorted(scripts, key=lambda script: script.name)}
+
+
+def run_tool(name: str, arguments: Sequence[str]) -> Any:
+    """Runs one of mergekit's own command-line tools in this process, our method registered.
+
+    Args:
+        name: `yaml`, `multi`, ... or `mergekit-yaml`, ...
+        arguments: its own.
+
+    Raises:
+        InputError: no such tool.
+        MissingError: mergekit, or something that the tool needs, is not there.
+    """
+    known = tools()
+    script = known.get(name.removeprefix("mergekit-"))
+    if script is None:
+        raise InputError(f"mergekit's tool {name!r}", expected=f"one of {', '.join(known)}", found="none of them")
+    register_method()
+    try:
+        command = script.load()
+    except ImportError as error:
+        raise MissingError(script.name, expected="the packages that it needs", found=str(error)) from None
+    before = sys.argv
+    sys.argv = [script.name, *arguments]
+    try:
+        # click's own way in: usage errors and `--help` are mergekit's
+        return command.main(args=list(arguments), prog_name=f"mechmerge mergekit {name}", standalone_mode=False)
+    finally:
+        sys.argv = before
