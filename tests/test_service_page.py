@@ -24,12 +24,14 @@ from playwright.sync_api import Browser, Page, expect
 
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.references import Model, ModelId
-from mechmerge.recipe.compile import compile_recipe, expected_change, shares
+from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
+from mechmerge.recipe.compile import POLICIES, compile_recipe, expected_change, shares
 from mechmerge.recipe.sources import read_sources
 from mechmerge.report.style import signed
 from mechmerge.service.access import COOKIE
 from mechmerge.service.pages.render import POLICY
 from mechmerge.service.pages.sessions import safe_next
+from mechmerge.service.pages.settings import is_family, read_settings
 from mechmerge.service.settings import Settings
 from mechmerge.service.tokens import ROLES
 from tests import merged_run
@@ -557,10 +559,14 @@ def test_what_is_wrong_is_said_on_a_page(every: Shown, path: str, status: int, s
         ("policy=conflict&weighting=equal&agreement=no", "conflict", {"weighting": "equal", "agreement": False}),
         ("policy=conflict&weight.formats=3", "conflict", {"weighting": "own-gain", "agreement": True, "weight.formats": 3.0}),
         ("policy=ties&weight=0.5&density=0.4", "ties", {"weight": 0.5, "density": 0.4}),
+        ("policy=weighted&budget=0.4", "weighted", None),
         ("policy=solve&budget=0.5&unproven=yes", "solve", {"budget": 0.5, "agreement": True, "unproven": True}),
     ],
 )
-def test_the_builder_says_what_the_recipe_says(guarded: Shown, query: str, policy: str, parameters: dict[str, Any]) -> None:
+def test_the_builder_says_what_the_recipe_says(
+    guarded: Shown, query: str, policy: str, parameters: dict[str, Any] | None
+) -> None:
+    parameters = read_settings(policy, {"budget": "0.4"}) if parameters is None else parameters
     run = guarded.served.service.run(guarded.id)
     sources = read_sources([*sorted(run.glob("scores/*/*.safetensors")), run / "effects.safetensors"])
     compiled = compile_recipe(policy, sources, parameters=parameters)
@@ -579,6 +585,21 @@ def test_the_builder_says_what_the_recipe_says(guarded: Shown, query: str, polic
             assert changes["built"] == [signed(value) for value in expected.values()]
         again = client.get(f"/runs/{guarded.id}/builder.json?{found['query']}").json()
         assert again == found, "the address that is shared says the same"
+
+
+def test_every_setting_of_every_policy_is_in_the_form() -> None:
+    assert set(PARAMETERS) == set(POLICIES)
+    for policy, names in PARAMETERS.items():
+        assert list(read_settings(policy, {})) == [name for name in names if not is_family(policy, name)]
+        given = {"strength.a": "0.5", "weight.b": "2", "limit.b": "0.1", "weight": "0.25", "budget": "0.25", "per_layer": "yes"}
+        found = read_settings(policy, given)
+        assert found.pop("strength.a") == 0.5
+        RecipePlan.model_validate(
+            {"policy": policy, "parameters": found} | ({"like": "x"} if policy in ("random", "magnitude") else {})
+        )
+        assert ("weight.b" in found) == (policy == "conflict")
+        assert ("limit.b" in found) == (policy == "solve")
+        assert found.get("weight", 0.25) == found.get("budget", 0.25) == 0.25
 
 
 def test_results_are_read_anew_when_a_file_changes(guarded: Shown, tmp_path: Path) -> None:

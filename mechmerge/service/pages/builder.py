@@ -7,12 +7,11 @@ page's script asks for while a slider moves.
 from __future__ import annotations
 
 import io
-import math
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlencode
 
 import yaml
@@ -21,8 +20,8 @@ from fastapi.responses import JSONResponse
 
 from mechmerge.errors import InputError, MechmergeError
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.recipe.compile import CONTROLS, POLICIES, Compiled, compile_recipe, expected_change, shares
-from mechmerge.recipe.policies import Overlap, Weighting
+from mechmerge.pipeline.schema import DRAWN
+from mechmerge.recipe.compile import CONTROLS, POLICIES, WITHIN, Compiled, compile_recipe, expected_change, shares
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources
 from mechmerge.report.pack import clean
@@ -36,35 +35,17 @@ from mechmerge.service.pages.jobs import heading
 from mechmerge.service.pages.reading import results_of, sources_of
 from mechmerge.service.pages.render import render
 from mechmerge.service.pages.route import page_router
+from mechmerge.service.pages.settings import SETTINGS, read_settings
 from mechmerge.service.problems import problem_of
 from mechmerge.service.service import Service
 
 router = page_router()
+OTHERS = {"like": CONTROLS, "within": WITHIN}
+"""Policies that begin from another recipe."""
+SCORED = ("top", "weighted")
+"""Policies that choose by scores."""
 BUILT = "built"
 """What the recipe is called in tables and pipelines."""
-NUMBERS = {
-    "top": ("budget",),
-    "solve": ("budget",),
-    "task-arithmetic": ("weight",),
-    "linear": ("weight",),
-    "ties": ("weight", "density"),
-    "dare-ties": ("weight", "density"),
-}
-CHOICES = {"top": ("overlap",), "conflict": ("weighting",)}
-FLAGS = {"conflict": ("agreement",), "solve": ("agreement", "unproven"), "random": ("per_layer",), "magnitude": ("per_layer",)}
-"""Settings of each policy: numbers, words, and yes or no."""
-SEEDED = ("random", "dare-ties")
-DEFAULTS: dict[str, Any] = {
-    "budget": 0.3,
-    "overlap": "sum",
-    "weighting": "own-gain",
-    "agreement": True,
-    "unproven": False,
-    "per_layer": False,
-    "weight": 1.0,
-    "density": 0.5,
-}
-"""What sliders and choices begin with."""
 
 
 class Asked(NamedTuple):
@@ -74,13 +55,13 @@ class Asked(NamedTuple):
     """Empty where none was asked for."""
     parameters: dict[str, Any]
     like: str | None
+    within: str | None
     seed: int
 
     def plan(self) -> dict[str, Any]:
         """The recipe as a pipeline names it."""
         plan: dict[str, Any] = {"policy": self.policy}
-        if self.like is not None:
-            plan["like"] = self.like
+        plan |= {name: value for name, value in (("like", self.like), ("within", self.within)) if value is not None}
         if self.parameters:
             plan["parameters"] = self.parameters
         return plan | ({"seed": self.seed} if self.seed else {})
@@ -89,7 +70,8 @@ class Asked(NamedTuple):
         """The form's fields again."""
         fields: dict[str, Any] = {"policy": self.policy, **self.parameters}
         fields = {name: ("yes" if value else "no") if isinstance(value, bool) else value for name, value in fields.items()}
-        more = ({"like": self.like} if self.like else {}) | ({"seed": self.seed} if self.policy in SEEDED else {})
+        more = {"like": self.like, "within": self.within, "seed": self.seed if self.policy in DRAWN else None}
+        more = {name: value for name, value in more.items() if value is not None}
         return urlencode(fields | more)
 
 
@@ -114,38 +96,14 @@ def asked(request: Request) -> Asked:
     policy = fields.get("policy", "")
     if policy and policy not in POLICIES:
         raise InputError("policy", expected=f"one of {', '.join(POLICIES)}", found=repr(policy[:100]))
-    found: dict[str, Any] = {}
-    for name in NUMBERS.get(policy, ()):
-        found[name] = _number(name, fields.get(name, str(DEFAULTS[name])))
-    for name in CHOICES.get(policy, ()):
-        found[name] = fields.get(name, DEFAULTS[name])
-    for name in FLAGS.get(policy, ()):
-        found[name] = fields.get(name, "yes" if DEFAULTS[name] else "no") == "yes"
-    if policy == "solve":
-        # No limit of damage is the usual one, and nothing unproven.
-        found |= {name: _number(name, value) for name, value in fields.items() if name.startswith("limit.") and value}
-        found = {name: value for name, value in found.items() if value is not False or name != "unproven"}
-    if policy == "conflict":
-        # A weight of 1 is the usual one: left out, the recipe is the one that a pipeline without weights makes.
-        given = {name: _number(name, value) for name, value in fields.items() if name.startswith("weight.") and value}
-        found |= {name: value for name, value in given.items() if value != 1}
-    seed = fields.get("seed", "0") if policy in SEEDED else "0"
+    seed = fields.get("seed", "0") if policy in DRAWN else "0"
     if not seed.isdecimal() or len(seed) > 9:
         raise InputError("seed", expected="a whole number from 0", found=repr(seed[:100]))
-    return Asked(policy, found, (fields.get("like") or None) if policy in CONTROLS else None, int(seed))
+    like, within = ((fields.get(name) or None) if policy in known else None for name, known in OTHERS.items())
+    return Asked(policy, read_settings(policy, fields) if policy else {}, like, within, int(seed))
 
 
 Wanted = Annotated[Asked, Depends(asked)]
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(name, expected="a number", found=repr(text[:100]))
-    return value
 
 
 def choices(service: Service, id: str, sources: Sources) -> dict[str, str | None]:
@@ -153,18 +111,17 @@ def choices(service: Service, id: str, sources: Sources) -> dict[str, str | None
     found: dict[str, str | None] = dict.fromkeys(POLICIES)
     if sources.effects is None:
         found["conflict"] = "needs effects"
-        found["solve"] = found["conflict"]
+        found["solve"] = "needs effects"
     if sources.rounds is None:
         found["rounds"] = "needs rounds"
-    else:
+    elif sources.rounds.metadata.method == "solve":
         # A measured solution has settings of its own, and is the run's recipe already.
         found["solve"] = "the run's rounds hold it"
+    scored = [file for files in sources.scores.values() for file in files]
     if sources.experts.keys() - sources.scores.keys():
-        found["top"] = "needs scores of every expert"
-    elif any(
-        f"{kind}.parameters" not in file.arrays for files in sources.scores.values() for file in files for kind in UNIT_KINDS
-    ):
-        found["top"] = "needs score files with parameter counts"
+        found |= dict.fromkeys(SCORED, "needs scores of every expert")
+    elif any(f"{kind}.parameters" not in file.arrays for file in scored for kind in UNIT_KINDS):
+        found |= dict.fromkeys(SCORED, "needs score files with parameter counts")
     if not masked(service, id):
         found |= dict.fromkeys(CONTROLS, "needs a recipe of components to be like")
     return found
@@ -184,10 +141,11 @@ def build(service: Service, id: str, wanted: Asked) -> Built:
     """
     sources, results = sources_of(service, id), results_of(service, id)
     others = masked(service, id)
-    if wanted.like is not None and wanted.like not in others:
-        raise InputError("like", expected=f"one of {', '.join(others) or 'none'}", found=repr(wanted.like[:100]))
-    like = others.get(wanted.like or "")
-    compiled = compile_recipe(wanted.policy, sources, parameters=wanted.parameters, seed=wanted.seed, like=like)
+    for what, name in (("like", wanted.like), ("within", wanted.within)):
+        if name is not None and name not in others:
+            raise InputError(what, expected=f"one of {', '.join(others) or 'none'}", found=repr(name[:100]))
+    like, within = others.get(wanted.like or ""), others.get(wanted.within or "")
+    compiled = compile_recipe(wanted.policy, sources, parameters=wanted.parameters, seed=wanted.seed, like=like, within=within)
     recipe, masks = compiled.recipe, compiled.masks
     taken = shares(recipe, masks, sources.unit_parameters())
     expected = {BUILT: _expected(sources, recipe, masks)}
@@ -231,7 +189,7 @@ def builder(request: Request, id: Id, identity: Reader, service: The) -> Respons
     policies = choices(service, id, sources)
     problem, built = None, None
     first = next(policy for policy in ("top", *POLICIES) if policies[policy] is None)
-    wanted = Asked(first, {}, None, 0)
+    wanted = Asked(first, {}, None, None, 0)
     try:
         wanted = asked(request)
         if not wanted.policy:
@@ -247,11 +205,13 @@ def builder(request: Request, id: Id, identity: Reader, service: The) -> Respons
         **heading(service, id, "builder"),
         policies=policies,
         wanted=wanted,
-        values=DEFAULTS | wanted.parameters,
-        overlaps=get_args(Overlap),
-        weightings=get_args(Weighting),
+        settings=SETTINGS,
+        values={setting.name: setting.default for setting in SETTINGS} | wanted.parameters,
         likes=list(masked(service, id)),
+        others=OTHERS,
+        drawn=DRAWN,
         behaviors=behaviors,
+        experts=list(sources.experts),
         built=built,
         problem=problem,
         snippet=snippet(wanted),
