@@ -50,7 +50,7 @@ LIGHT: dict[str, Any] = {
     },
     "publish": "conflict",
     "evaluate": {"suites": ["short.yaml"], "dtype": "float32", "batch": 4},
-    "gate": {"model": "conflict", "rules": [{"metric": "short", "at_least": 0.0}]},
+    "gate": {"model": "conflict", "rules": [{"metric": "short", "model": "conflict", "at_least": 0.0}]},
 }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def test_submit_follow_publish(
             assert job["state"] == "done", job["error"]
             assert job["result"]["repo"] == "writer/merge"
             assert lfs_hub.files("writer/merge")["model.safetensors"] == reference["merged/conflict/model.safetensors"]
-            # The sum has no rule of its own: the worker's gate refuses it, whatever the endpoint lets through.
+            # The gate has no rule about the sum: the worker refuses it, whatever the endpoint lets through.
             other = client.post(f"/api/jobs/{id}/publish", json={"repo": "writer/sum", "model": "sum"}).json()["id"]
             refused = wait_for(client, other, "done", "failed")
             assert refused["state"] == "failed"
