@@ -55,23 +55,26 @@ class Opened:
 
 
 @contextmanager
-def opened(browser: Browser, path: Path, width: str = "desktop", theme: Any = "light", **options: Any) -> Iterator[Opened]:
-    """A local page at one width and theme, offline and without motion.
+def opened(
+    browser: Browser, path: Path | str, width: str = "desktop", theme: Any = "light", **options: Any
+) -> Iterator[Opened]:
+    """A page at one width and theme, without motion.
 
     Args:
+        path: a file, which is opened offline, or an address.
         options: further options of a Playwright context, such as `java_script_enabled`.
     """
     context = browser.new_context(
         viewport={"width": WIDTHS[width], "height": 900},
         color_scheme=theme,
         has_touch=width == "phone",
-        offline=True,
+        offline=isinstance(path, Path),
         reduced_motion="reduce",
         **options,
     )
     try:
         shown = Opened(context.new_page())
-        shown.page.goto(path.as_uri())
+        shown.page.goto(path.as_uri() if isinstance(path, Path) else path)
         yield shown
     finally:
         context.close()

@@ -27,7 +27,9 @@ def need_service() -> None:
         import alembic  # noqa: F401
         import fastapi  # noqa: F401
         import httpx  # noqa: F401
+        import jinja2  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -181,8 +181,13 @@ def _name_in(evaluation: Evaluation, weights: Mapping[str, str]) -> str | None:
 def _rules(gate: Path | None, run: Path | None) -> Gate | None:
     if gate is not None:
         return read_document(Gate, gate)
-    path = None if run is None else run / "run.yaml"
-    if path is None or not path.is_file():
+    return None if run is None else gate_of_run(run)
+
+
+def gate_of_run(run: Path) -> Gate | None:
+    """The gate of a run's pipeline; None where the run names none."""
+    path = run / "run.yaml"
+    if not path.is_file():
         return None
     # The record's schema belongs to a layer above this one.
     record: Any = parse_yaml(read_text(path), str(path))

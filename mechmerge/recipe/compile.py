@@ -358,7 +358,7 @@ def _control(
         update={
             "policy": Policy(name=name, parameters=given, seed=seed if policy == "random" else None),
             "masks": None,
-            "predicted": _predicted(sources, model, drawn),
+            "predicted": expected_change(sources, model, drawn),
             "predicted_on": "loss" if sources.effects is None else sources.effects.metadata.metric,
             "realised": None,
             "provenance": sources.provenance,
@@ -368,7 +368,8 @@ def _control(
     return Compiled(recipe, drawn)
 
 
-def _predicted(sources: Sources, model: Recipe, masks: Masks) -> dict[str, float] | None:
+def expected_change(sources: Sources, model: Recipe, masks: Masks) -> dict[str, float] | None:
+    """`predicted_change` of a recipe's coefficients; None where no effects of its very experts were measured."""
     if sources.effects is None or sources.effects.metadata.experts.keys() != model.experts.keys():
         return None
     return predicted_change(sources.effects, {name: e.default for name, e in model.experts.items()}, masks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -63,8 +64,8 @@ def write_page(
         "reproduce": page_sections.reproduction(run, files.publish, versions()),
     }
     title = files.title or "Report"
-    style, script = _asset("page.css"), _script()
-    page = Template(_asset("template.html")).substitute(
+    style, script = page_asset("page.css"), scoped(page_scripts())
+    page = Template(page_asset("template.html")).substitute(
         policy=POLICY.format(script=_digest(script), style=_digest(style)),
         title=f"{escaped(title)} – mechmerge",
         style=style,
@@ -89,15 +90,20 @@ def _head(title: str, files: RunFiles, run: Measurements) -> str:
     return "\n".join(filter(None, parts))
 
 
-def _asset(name: str) -> str:
+def page_asset(name: str) -> str:
+    """A file of the page's folder."""
     return (resources.files("mechmerge.report") / "page" / name).read_text("utf-8")
 
 
-def _script() -> str:
-    """The page's script: its parts in order, in one scope of their own."""
+def page_scripts() -> dict[str, str]:
+    """The parts of the page's script by name, in order: `0-data.js` finds the data, `9-start.js` sets everything up."""
     folder = resources.files("mechmerge.report") / "page"
-    parts = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".js"))
-    return '"use strict";\n(() => {\n' + "\n".join(_asset(name) for name in parts) + "})();\n"
+    return {name: page_asset(name) for name in sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".js"))}
+
+
+def scoped(parts: Mapping[str, str]) -> str:
+    """A script of several parts, in one scope of their own."""
+    return '"use strict";\n(() => {\n' + "\n".join(parts.values()) + "})();\n"
 
 
 def _digest(content: str) -> str:

@@ -61,7 +61,7 @@ def page_data(
         "roles": [ROLE_NAMES[role] for role in ROLES],
         "module_spans": _module_spans(run.scores),
         "scores": [_score(label, file, recipes, neurons <= most_neurons) for label, file in run.scores.items()],
-        "recipes": [_recipe(name, kept, name == published) for name, kept in recipes.items()],
+        "recipes": [recipe_data(name, kept, name == published) for name, kept in recipes.items()],
         "effects": _effects(run.effects, most_neurons) if run.effects is not None else None,
         "evaluation": _evaluation(run.evaluation, run, published) if run.evaluation is not None else None,
     }
@@ -216,7 +216,8 @@ def _effects(matrix: EffectFile, most_neurons: int) -> dict[str, Any]:
     }
 
 
-def _recipe(name: str, kept: KeptOf, published: bool) -> dict[str, Any]:
+def recipe_data(name: str, kept: KeptOf, published: bool) -> dict[str, Any]:
+    """What charts show of a recipe: its coefficients by expert and kind."""
     experts = []
     for expert, model in kept.experts.items():
         arrays = {kind: kept.of(expert, kind) for kind in UNIT_KINDS}

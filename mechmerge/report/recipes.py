@@ -46,13 +46,21 @@ class KeptOf(NamedTuple):
 
 
 def coefficient_arrays(path: Path, run: Measurements) -> KeptOf:
-    """Resolves a recipe's defaults, rules and masks for the model that the run measured.
+    """`kept_of` of a recipe file.
 
     Raises:
         InputError: a rule or mask does not fit the model's layers and units.
         SchemaError: the recipe or its masks break their schema.
     """
-    recipe, masks = read_recipe(path)
+    return kept_of(*read_recipe(path), run)
+
+
+def kept_of(recipe: Recipe, masks: Masks, run: Measurements) -> KeptOf:
+    """Resolves a recipe's defaults, rules and masks for the model that the run measured.
+
+    Raises:
+        InputError: a rule or mask does not fit the model's layers and units.
+    """
     experts = {name: entry.model for name, entry in recipe.experts.items()}
     if recipe.mergekit is not None and recipe.mergekit.method != "task_arithmetic":
         return KeptOf(experts, {}, "by weight" if recipe.mergekit.method in BY_WEIGHT else "whole model")

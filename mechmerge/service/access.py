@@ -1,8 +1,9 @@
 """Who asks, and whether they may: what routes depend on.
 
 A token comes as `Authorization: Bearer …`, or a browser's session as a cookie. The cookie is HttpOnly and SameSite=Strict; a
-request that changes something and comes with it must also hold the session's `csrf` in `X-CSRF-Token`. Beside that the guard
-(service/guard.py) refuses every changing request that a browser sends from another site, with or without a cookie.
+request that changes something and comes with it must also hold the session's `csrf` in `X-CSRF-Token` or, of a page's form, in
+its field `csrf` (service/pages/route.py finds it). Beside that the guard (service/guard.py) refuses every changing request that
+a browser sends from another site, with or without a cookie.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ def identify(
         found = service.tokens.identify(bearer.credentials)
     elif cookie is not None:
         found = service.tokens.in_session(cookie)
-        sent = request.headers.get(CSRF, "")
-        if found is not None and request.method not in SAFE and not hmac.compare_digest(found.csrf or "", sent):
+        sent = request.headers.get(CSRF) or str(getattr(request.state, "csrf", ""))
+        if (
+            found is not None
+            and request.method not in SAFE
+            and not hmac.compare_digest((found.csrf or "").encode(), sent.encode())
+        ):
             raise ServiceError(403, CSRF, expected="the session's own", found="another" if sent else "none")
     if found is None and bearer is None and service.is_open:
         found = Identity(LOCAL, "admin")

@@ -21,16 +21,15 @@ The API (`/openapi.json` has all of it; times are seconds since 1970, errors `{w
     GET    /healthz  /readyz                → {status: "ok"}, or 503
     GET    /metrics                         Prometheus                                           read
 
-For pages (server-rendered, in a browser):
+For pages (server-rendered, in a browser; service/pages holds them):
 
 - A router of pages is one more entry of `ROUTERS`; routes depend on `access.Reader`, `Runner`, `Publisher`, `Admin` (who asks,
   an `Identity` with `user`, `role`, `csrf`) and on `access.The` (the `Service`: `store`, `tokens`, `settings`, `run(id)` with
-  the run directory, `folder(id)`). Requests that change something go to the API, from the page's script with `fetch`: with the
-  session's `csrf` as `X-CSRF-Token` (empty on a server without tokens). `EventSource` works with the cookie.
-- A page that needs a session answers with a form that posts the token to `/api/session`.
+  the run directory, `folder(id)`). Requests that change something are plain forms; they hold the session's `csrf`, as requests
+  of scripts to the API do in `X-CSRF-Token` (empty on a server without tokens). `EventSource` works with the cookie.
+- A page that needs a session sends the browser to `/login`, which posts the token.
 - Templates belong in `mechmerge/service/templates`, rendered by Jinja with autoescape on; scripts and styles in
-  `mechmerge/service/static`, mounted at `/static`: the guard's Content-Security-Policy allows no inline script or style and
-  nothing from elsewhere, unless a route sets a header of its own.
+  `mechmerge/service/static`, served at `/static`: no inline script or style, and nothing from elsewhere.
 - Errors under `/api` are JSON; `problem_of` and `status_of` (service/problems.py) give what a page needs to show one.
 
 No module of this package imports torch: models are loaded by workers (`worker.py`), which the supervisor starts.
@@ -49,11 +48,13 @@ from starlette.exceptions import HTTPException
 from mechmerge.errors import MechmergeError
 from mechmerge.service.api import access, artifacts, events, health, jobs
 from mechmerge.service.guard import Guard
+from mechmerge.service.pages import router as pages
+from mechmerge.service.pages.route import problem_page
 from mechmerge.service.problems import ServiceError, answer
 from mechmerge.service.service import Service
 from mechmerge.version import __version__
 
-ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router)
+ROUTERS = (jobs.router, events.router, artifacts.router, access.router, health.router, pages)
 
 
 def create_app(service: Service, *, supervise: bool = True) -> FastAPI:
@@ -104,10 +105,12 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     return answer(ServiceError(422, where, expected=first["msg"], found=found))
 
 
-async def _on_http(_request: Request, error: Exception) -> Response:
+async def _on_http(request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101
     headers = dict(error.headers) if error.headers else None
     # 400 is a body that cannot be read as JSON: invalid, as others are.
     status = 422 if error.status_code == 400 else error.status_code
-    return answer(ServiceError(status, "request", found=error.detail, headers=headers))
+    told = ServiceError(status, "request", found=error.detail, headers=headers)
+    by_browser = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api")
+    return problem_page(request, told) if by_browser else answer(told)

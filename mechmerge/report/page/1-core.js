@@ -1,5 +1,4 @@
 // Small helpers: elements, numbers, packed arrays (mechmerge/report/pack.py says how they are packed) and the theme.
-const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = new Set(["svg", "g", "rect", "line", "path", "text", "circle", "polygon", "title"]);
 
 /** An element with attributes and children. Texts become text nodes: nothing from the data is ever parsed as markup. */

@@ -38,8 +38,9 @@ addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
  *
  * The surface takes the focus; arrows move a cursor, Home and End go to a row's ends, Enter activates, Escape hides the tooltip.
  * `view()` gives the current drawing: {rows, columns, start: [row, column], at(x, y) → [row, column] | null,
- * box(row, column) → {x, y, width, height}, facts(row, column) → {title, lines}, activate?(row, column)}, in the surface's pixels;
- * null before the first drawing.
+ * box(row, column) → {x, y, width, height}, facts(row, column) → {title, lines, component?}, activate?(row, column)}, in the
+ * surface's pixels; null before the first drawing. A mark that stands for one component also sends the event `choose` with its
+ * name when it is clicked or entered.
  */
 function pointing(surface, label, view) {
   const cursor = node("div", { class: "cursor", hidden: true });
@@ -77,6 +78,11 @@ function pointing(surface, label, view) {
     show(cell);
     say(cell);
   };
+  const activate = (cell) => {
+    view().activate?.(...cell);
+    const { component } = view().facts(...cell);
+    if (component) surface.dispatchEvent(new CustomEvent("choose", { bubbles: true, detail: component }));
+  };
   surface.addEventListener("pointermove", (event) => {
     if (event.pointerType === "touch") return;
     const cell = under(event);
@@ -93,7 +99,7 @@ function pointing(surface, label, view) {
     const cell = under(event);
     if (!cell) return;
     settle(cell);
-    view().activate?.(...cell);
+    activate(cell);
   });
   surface.addEventListener("focus", () => {
     if (view() && surface.matches(":focus-visible")) settle(held ?? view().start);
@@ -104,7 +110,7 @@ function pointing(surface, label, view) {
   });
   surface.addEventListener("keydown", (event) => {
     if (!view()) return;
-    const { rows, columns, activate } = view();
+    const { rows, columns } = view();
     const [row, column] = held ?? view().start;
     const to = {
       ArrowLeft: [row, column - 1],
@@ -117,9 +123,9 @@ function pointing(surface, label, view) {
     if (to) {
       event.preventDefault();
       settle([Math.min(Math.max(to[0], 0), rows - 1), Math.min(Math.max(to[1], 0), columns - 1)]);
-    } else if ((event.key === "Enter" || event.key === " ") && activate) {
+    } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      activate(row, column);
+      activate([row, column]);
     }
   });
   return {

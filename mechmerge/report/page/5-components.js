@@ -85,7 +85,8 @@ class Kind {
     }
     lines.push(...this.roleLines(index));
     lines.push(...effectLines(this.score.expert, this.kind, layer, unit), ...coefficientLines(this.score.expert, this.kind, layer, unit));
-    return { title: component(layer, this.kind, unit), lines };
+    const name = component(layer, this.kind, unit);
+    return { title: name, component: name, lines };
   }
 }
 

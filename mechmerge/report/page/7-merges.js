@@ -69,7 +69,8 @@ function oneEffect(host, b, e, kind, layer) {
       if (unit >= count) return { title: "no component", lines: [] };
       const digest = experts[e].digest;
       const lines = [...effectLines(digest, kind, layer, unit), ...coefficientLines(digest, kind, layer, unit)];
-      return { title: `${component(layer, kind, unit)} of ${experts[e].name}`, lines };
+      const name = component(layer, kind, unit);
+      return { title: `${name} of ${experts[e].name}`, component: name, lines };
     },
   });
   host.scrollIntoView({ block: "nearest" });

@@ -39,9 +39,3 @@ function setUpLinks() {
   addEventListener("hashchange", open);
   open();
 }
-
-document.documentElement.classList.add("scripted");
-setUpTheme();
-setUpCharts();
-setUpScrolling();
-setUpLinks();
