@@ -45,7 +45,8 @@ def recipe(*rules: tuple[str, str, float], defaults: tuple[float, float] = (1.0,
 # --------------------------------------------------------------------------------------------------------------- round trip
 text = st.text(max_size=20)
 number = st.floats(-1e6, 1e6, allow_nan=False)
-identity = st.builds(ModelId, name=text, revision=st.none() | text, shards=st.dictionaries(text, text, max_size=2))
+revision = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_./+-]*", fullmatch=True)
+identity = st.builds(ModelId, name=text, revision=st.none() | revision, shards=st.dictionaries(text, text, max_size=2))
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,10}", fullmatch=True).filter(lambda name: name != "base")
 pattern = st.sampled_from(
     ["embed", "final_norm", "L*", "L3", "L*.attention", "L2.mlp.rest", "L7.head.3", "L*.kv.*", "L0.neuron.*"]

@@ -106,7 +106,7 @@ def page(run: Path) -> Path:
 def hostile_run(run: Path) -> Path:
     """A run whose every text is made to break out of where it stands."""
     whole_run(run)
-    bad = ModelId(name=HOSTILE, revision=HOSTILE, shards={HOSTILE: "1" * 64})
+    bad = ModelId(name=HOSTILE, shards={HOSTILE: "1" * 64})
     for path in (run / "scores").rglob("*.safetensors"):
         path.unlink()
     (run / "effects.safetensors").unlink()

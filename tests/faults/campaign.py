@@ -134,7 +134,9 @@ class Campaign:
     ) -> None:
         """The same without waiting for its end."""
         roots = [str(self.work), str(self.project.root)]
-        fault = {"kind": kind, "at": at, "roots": roots, "count": str(self._count) if count else None}
+        # Whether a digest is kept depends on the clock (models/digests.py), so that is no moment to be counted.
+        besides = [str(self.cache / "digests")]
+        fault = {"kind": kind, "at": at, "roots": roots, "besides": besides, "count": str(self._count) if count else None}
         arguments = self.project.arguments(command, self.out)
         (runner or self.runner).start("python", [STRIKE, json.dumps(fault), *arguments])
 

@@ -3,9 +3,9 @@
     python -c 'from tests.faults.strike import strike; strike()' '{"kind": "kill", "at": 12, "roots": […]}' run pipeline.yaml …
 
 Moments are counted by CPython's own audit events (PEP 578), so nothing of the program is replaced: every opening of a file for
-writing, and every rename, removal and new folder, beneath `roots`; for `unreadable` every opening for reading there. What Rust
-writes (safetensors) raises no event between that of its folder and its rename: a clock in the parent strikes there, and the
-limit on file sizes, which the kernel enforces in the middle of a write.
+writing, and every rename, removal and new folder, beneath `roots` and not `besides`; for `unreadable` every opening for reading
+there. What Rust writes (safetensors) raises no event between that of its folder and its rename: a clock in the parent strikes
+there, and the limit on file sizes, which the kernel enforces in the middle of a write.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ STRIKE = "from tests.faults.strike import strike; strike()"
 class Faults:
     """The audit hook: counts moments, and strikes at one of them."""
 
-    def __init__(self, kind: Kind, at: int, roots: list[str]) -> None:
-        self.kind, self.at, self.roots = kind, at, tuple(roots)
+    def __init__(self, kind: Kind, at: int, roots: list[str], besides: list[str]) -> None:
+        self.kind, self.at, self.roots, self.besides = kind, at, tuple(roots), tuple(besides)
         self.seen = {"write": 0, "read": 0}
         self.struck = False
         self._busy = False
@@ -57,7 +57,10 @@ class Faults:
     def _beneath(self, path: object) -> bool:
         if isinstance(path, bytes):
             path = os.fsdecode(path)
-        return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.roots)
+        if not isinstance(path, str | os.PathLike):
+            return False
+        whole = os.path.abspath(path)
+        return whole.startswith(self.roots) and not whole.startswith(self.besides)
 
     def _strike(self, path: str) -> None:
         match self.kind:
@@ -80,7 +83,7 @@ def strike() -> None:
     told = json.loads(sys.argv[1])
     from mechmerge.cli.main import main
 
-    faults = Faults(told["kind"], told.get("at", 0), told["roots"])
+    faults = Faults(told["kind"], told.get("at", 0), told["roots"], told["besides"])
     if told["kind"] == "short":
         resource.setrlimit(resource.RLIMIT_FSIZE, (told["at"], resource.RLIM_INFINITY))
     else:
