@@ -354,3 +354,10 @@ def test_shares_are_said_by_kind() -> None:
     expected = 100 * (0.25 * 12 * 512 + 0.5 * 144 * 96) / TOTAL
     assert first["head + kv + neuron"] == f"{expected:.1f} %"
     assert second["everything else"] == "0"
+    untold = shares(recipe(), mask, {})[0]
+    assert (untold["head"], untold["head + kv + neuron"]) == ("25.0 %", "–"), "parameters that are not told weigh nothing"
+    some = shares(recipe(), {"first.neuron": mask["first.neuron"]}, PARAMETERS)[0]
+    assert (some["head"], some["neuron"], some["head + kv + neuron"]) == ("100.0 %", "50.0 %", "–")
+    ruled, plain = shares(recipe(("L*.head.0", "first", 0.5)), {"first.neuron": mask["first.neuron"]}, PARAMETERS)
+    assert (ruled["head"], ruled["neuron"], ruled["head + kv + neuron"]) == ("by rules", "50.0 %", "by rules")
+    assert plain["head + kv + neuron"] == "0.0 %", "no rule is about the second"

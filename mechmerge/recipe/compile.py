@@ -392,18 +392,26 @@ def _norms(model: Recipe, masks: Masks, sources: Sources, compute: Norms | None)
 def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
 
-    Shares are mean coefficients (so 1/k counts as 1/k), in percent; `all` weighs the kinds by their parameters.
+    Shares are mean coefficients (so 1/k counts as 1/k), in percent. `head + kv + neuron` weighs the kinds by their parameters,
+    and is a dash where these are not told. Where rules decide, no share can be said without the model: `by rules`.
     """
     rows = []
     for name, expert in recipe.experts.items():
         row: dict[str, Any] = {"expert": name, "everything else": f"{expert.default:g}"}
+        ruled = any(rule.expert == name for rule in recipe.rules)
         parts, sizes = [], []
         for kind in UNIT_KINDS:
             mask = masks.get(f"{name}.{kind}")
             share = float(expert.default if mask is None else mask.mean(dtype=np.float64))
-            row[kind] = f"{100 * share:.1f} %"
+            row[kind] = "by rules" if mask is None and ruled else f"{100 * share:.1f} %"
             parts.append(share)
             sizes.append((mask.size if mask is not None else 0) * unit_parameters.get(kind, 0))
-        row["head + kv + neuron"] = f"{100 * float(np.average(parts, weights=sizes)):.1f} %" if sum(sizes) else row["head"]
+        if "by rules" in row.values():
+            whole = "by rules"
+        elif all(sizes):
+            whole = f"{100 * float(np.average(parts, weights=sizes)):.1f} %"
+        else:
+            whole = row["head"] if len(set(parts)) == 1 else "–"
+        row["head + kv + neuron"] = whole
         rows.append(row)
     return rows
