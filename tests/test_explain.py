@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, MissingError
+from mechmerge.localize.effect_file import EffectFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.recipe import explain
 from mechmerge.recipe.compile import compile_recipe
@@ -121,6 +122,40 @@ def test_rules_are_named(tmp_path: Path) -> None:
     baseline = compile_recipe("ties", Sources(BASE, {"first": FIRST, "second": SECOND})).recipe
     with pytest.raises(InputError, match="the baseline ties"):
         explain.resolved(baseline, {}, shapes)
+
+
+def test_a_head_of_its_own_can_be_named(tmp_path: Path) -> None:
+    masks: Masks = {f"first.{kind}": np.ones((LAYERS, UNITS[kind]), np.float32) for kind in UNIT_KINDS}
+    write_recipe(tmp_path / "ruled.yaml", by_hand(("lm_head", "first", 0.25)), masks)
+    write_recipe(tmp_path / "plain.yaml", by_hand(), masks)
+    first, second = tables("explain", tmp_path / "ruled.yaml", "--component", "lm_head")["lm_head"]
+    assert (first["coefficient"], second["coefficient"]) == (0.25, 0.0)
+    assert first["decided by"].startswith("rule lm_head = 0.25")
+    assert "by depth" in tables("explain", tmp_path / "ruled.yaml")
+    differing = tables("diff", tmp_path / "ruled.yaml", tmp_path / "plain.yaml")["what differs"]
+    assert differing == [{"field": "rules", "A": "lm_head of first = 0.25", "B": "none"}]
+
+
+def test_what_the_effects_do_not_hold_is_a_dash(folder: Path) -> None:
+    """With three behaviours, since a wrong dimension of two would pass for that of the halves."""
+    file = effect_file()
+    arrays = {name: np.repeat(array, 2, axis=1 if name.endswith(".half") else 0)[:, :3] if name.endswith(".half")
+              else np.repeat(array, 2, axis=0)[:3] for name, array in file.arrays.items() if not name.startswith("lm_head")}  # fmt: skip
+    behaviors = (*file.metadata.behaviors, file.metadata.behaviors[0].model_copy(update={"name": "more"}))
+    EffectFile(file.metadata.model_copy(update={"behaviors": behaviors}), arrays).write(folder / "three.safetensors")
+    said = tables("explain", folder / "a" / "recipe.yaml", "--component", "lm_head", "--effects", folder / "three.safetensors")
+    rows = next(rows for title, rows in said.items() if title.startswith("effects of"))
+    assert [row["effect"] for row in rows] == ["–"] * 6
+
+
+def test_masks_of_some_kinds_leave_out_what_they_cannot_tell(tmp_path: Path) -> None:
+    for name, value in (("a", 0.5), ("b", 1.0)):
+        write_recipe(tmp_path / f"{name}.yaml", by_hand(), {"first.neuron": np.full((LAYERS, 48), value, np.float32)})
+    (rows,) = tables("explain", tmp_path / "a.yaml").values()
+    assert rows[0]["neuron"] == "50.0 %"
+    said = tables("diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert [row["field"] for row in said["what differs"]] == ["masks"]
+    assert "the same recipe" in call("recipe", "diff", tmp_path / "a.yaml", tmp_path / "a.yaml")
 
 
 # ------------------------------------------------------------------------------------------------------------- differences

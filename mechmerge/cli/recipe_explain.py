@@ -22,6 +22,7 @@ def diff(one: str, other: str, output: str) -> None:
 
     A and B are paths, or files on the Hub. Exit code 0 whether they differ or not.
     """
+    from mechmerge.models.components import UNIT_KINDS
     from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.explain import (
         difference_rows,
@@ -37,7 +38,7 @@ def diff(one: str, other: str, output: str) -> None:
     tables: dict[str, list[dict[str, Any]]] = {"what differs": differing_fields(a, b)}
     if all(recipe.mergekit is None or recipe.mergekit.within for recipe in (a, b)):
         shapes = mask_shapes(b_masks) | mask_shapes(a_masks)
-        if shapes:
+        if set(UNIT_KINDS) <= shapes.keys():
             first, second = (resolved(recipe, masks, shapes) for recipe, masks in ((a, a_masks), (b, b_masks)))
             shared = {name: (first, second) for name in a.experts if name in b.experts}
             tables["components"] = difference_rows(shared)
@@ -85,7 +86,7 @@ def explain(recipe: str, component: str | None, effects: str | None, output: str
     tables = {component: component_rows(made, masks, found, component)}
     if measured is not None:
         title = f"effects of {component}, {measured.metadata.unit} (positive helps)"
-        tables[title] = component_effects(measured, component, plain_architecture(shapes))
+        tables[title] = component_effects(measured, component, plain_architecture(shapes, tied=False))
     show_all(tables, output)
 
 
@@ -101,6 +102,7 @@ def summary(
         sizes: parameters of a unit by kind, where the recipe does not tell.
     """
     from mechmerge.localize.effect_file import UNITS
+    from mechmerge.models.components import UNIT_KINDS
     from mechmerge.recipe.compile import shares
     from mechmerge.recipe.explain import (
         contested_rows,
@@ -117,7 +119,7 @@ def summary(
     rows = shares(recipe, masks, told)
     tables = {f"recipe {recipe.policy.name}": rows}
     shapes = effect_shapes(effects) | mask_shapes(masks)
-    if (recipe.mergekit is None or recipe.mergekit.within) and shapes:
+    if (recipe.mergekit is None or recipe.mergekit.within) and set(UNIT_KINDS) <= shapes.keys():
         found = resolved(recipe, masks, shapes)
         if told:
             for row, (taken, whole) in zip(rows, parameters_of(recipe, found, told).values(), strict=True):

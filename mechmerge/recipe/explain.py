@@ -72,7 +72,8 @@ def resolved(recipe: Recipe, masks: Masks, shapes: Shapes) -> Coefficients:
             expected="a recipe of coefficients",
             found=f"the baseline {recipe.policy.name}: it has one weight an expert",
         )
-    return coefficients(recipe, masks, plain_architecture({**shapes, **mask_shapes(masks)}))
+    # Whether the head is tied is the models' affair: a recipe may name it.
+    return coefficients(recipe, masks, plain_architecture({**shapes, **mask_shapes(masks)}, tied=False))
 
 
 def parameters_of(recipe: Recipe, found: Coefficients, sizes: Mapping[str, int]) -> dict[str, tuple[float, int]]:
@@ -166,12 +167,14 @@ def component_rows(recipe: Recipe, masks: Masks, found: Coefficients, text: str)
         row: dict[str, Any] = {"expert": name, "coefficient": round(float(values.mean(dtype=np.float64)), 6)}
         if values.size > 1:
             row |= {"least": round(float(values.min()), 6), "largest": round(float(values.max()), 6), "parts": values.size}
-        rows.append(row | {"decided by": _decided(recipe, masks, found.arch, name, component)})
+        tied = " (where the head is tied: what embed has)" if component.kind == "lm_head" else ""
+        rows.append(row | {"decided by": _decided(recipe, masks, found.arch, name, component) + tied})
     return rows
 
 
 def component_effects(effects: EffectFile, text: str, arch: Architecture) -> Rows:
-    """One row for each expert and behaviour: a component's effect, its standard error and its effect on both halves.
+    """One row for each expert and behaviour: a component's effect, its standard error and its effect on both halves; a dash
+    where the file holds none of it (a head that is tied, on the anchor what lies above it).
 
     Raises:
         InputError: no such component.
@@ -181,7 +184,11 @@ def component_effects(effects: EffectFile, text: str, arch: Architecture) -> Row
     for e, expert in enumerate(effects.metadata.experts):
         for b, behavior in enumerate(effects.metadata.behaviors):
             row: dict[str, Any] = {"expert": expert, "on": behavior.name}
-            row["effect"] = round(float(_part(effects, "effect", component)[b, e].sum(dtype=np.float64)), 7)
+            values = _part(effects, "effect", component)[b, e]
+            row["effect"] = round(float(values.sum(dtype=np.float64)), 7) if values.size else "–"
+            if not values.size:
+                rows.append(row)
+                continue
             if component.layer < 0 or component.kind in effect_shapes(effects):
                 row["stderr"] = round(float(_part(effects, "stderr", component)[b, e].sum(dtype=np.float64)), 7)
             halves = _part(effects, "half", component)
@@ -196,7 +203,8 @@ def _part(effects: EffectFile, measure: str, component: Component) -> Array:
     arrays = [effects.arrays[f"{kind}.{measure}"][..., max(component.layer, 0), :] for kind in kinds
               if f"{kind}.{measure}" in effects.arrays]  # fmt: skip
     if not arrays:
-        return np.zeros((2, len(effects.metadata.behaviors), len(effects.metadata.experts), 0))
+        lead = (2,) if measure == "half" else ()
+        return np.zeros((*lead, len(effects.metadata.behaviors), len(effects.metadata.experts), 0))
     joined: Array = np.concatenate(arrays, axis=-1)
     return joined[..., component.unit : component.unit + 1] if component.kind in UNIT_KINDS else joined
 
@@ -243,6 +251,7 @@ def differing_fields(one: Recipe, other: Recipe) -> Rows:
             for name in one.experts if name in other.experts
         },
         "rules": (_rules(one), _rules(other)),
+        "masks": (_masks(one), _masks(other)),
         "mergekit": (_method(one), _method(other)),
         **{name: (getattr(one, name), getattr(other, name)) for name in ("out_dtype", "vocabulary", "positions")},
         "made from": (_sources(one), _sources(other)),
@@ -302,6 +311,10 @@ def _model(name: str, digest: str) -> str:
 
 def _rules(recipe: Recipe) -> str:
     return "; ".join(f"{r.component} of {r.expert} = {r.coefficient:g}" for r in recipe.rules) or "none"
+
+
+def _masks(recipe: Recipe) -> str:
+    return "none" if recipe.masks is None else recipe.masks.sha256[:12]
 
 
 def _method(recipe: Recipe) -> str:
