@@ -117,6 +117,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_new(folder: Path) -> bool:
+    """Whether a folder can be made: nothing is there, or an empty one.
+
+    Raises:
+        InputError: `.` or `..`, which cannot appear under its own name.
+    """
+    if folder.name in ("", ".."):
+        raise InputError(str(folder), expected="a folder by its name", found="none", fix="name it from the folder above")
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` atomically (UTF-8)."""
     with atomic_file(path) as partial:

@@ -23,6 +23,7 @@ from mechmerge.cli.merge import command
 from mechmerge.errors import CheckpointError, InputError, MechmergeError, MissingError, PairError, SchemaError
 from mechmerge.merge.engine import Engine, merge, restrict
 from mechmerge.merge.executor import execute
+from mechmerge.merge.export import export_lora
 from mechmerge.merge.reference import coefficient_tensor, direct_tensor, merged_tensor
 from mechmerge.merge.verify import verify
 from mechmerge.models.checkpoint import Checkpoint
@@ -298,6 +299,19 @@ def test_a_second_call_does_nothing_and_another_recipe_is_refused(base: Model, e
     (tmp_path / "empty").mkdir()
     merge(file, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_model_does_not_appear_as_the_folder_one_stands_in(
+    name: str, base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "recipe", base, {"e": expert})
+    (tmp_path / "new" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "new" / "empty")
+    for make in (lambda: merge(file, Path(name)), lambda: export_lora(file, Path(name), 4)):
+        with pytest.raises(InputError, match="a folder by its name"):
+            make()
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["empty"]
 
 
 def test_one_masked_expert_as_a_model(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from mechmerge.artifacts import atomic_folder, lock, to_yaml
+from mechmerge.artifacts import atomic_folder, is_new, lock, to_yaml
 from mechmerge.errors import InputError, PairError
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
@@ -146,7 +146,7 @@ def restrict(recipe: Recipe, masks: Masks, expert: str) -> tuple[Recipe, Masks]:
 
 def _done(recipe_file: Path, recipe: Recipe, masks: Masks, out: Path, restricted: bool) -> bool:
     """Whether `out` is the finished model of this recipe; something else there is an error."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_new(out):
         return False
     there = out / RECIPE_NAME
     if there.is_file() and (out / "config.json").is_file():

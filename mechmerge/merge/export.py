@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from mechmerge.artifacts import Document, atomic_folder, read_document, sha256_file, write_json
+from mechmerge.artifacts import Document, atomic_folder, is_new, read_document, sha256_file, write_json
 from mechmerge.errors import InputError, MechmergeError
 from mechmerge.merge.delta import summed_delta
 from mechmerge.merge.engine import RECIPE_NAME, keep_recipe, open_models, restrict
@@ -163,7 +163,7 @@ def export_lora(
 
 def _done(out: Path, source: str, experts: tuple[str, ...], rank: int) -> Export | None:
     """What `out` holds, if it is the finished adapter of this recipe; something else there is an error."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_new(out):
         return None
     if (out / EXPORT_NAME).is_file():
         export = read_document(Export, out / EXPORT_NAME)

@@ -97,7 +97,8 @@ def write_weights(
         clone_file: how a file is cloned.
 
     Raises:
-        CheckpointError: a file is not what its header says, or weights that are needed are not finite.
+        CheckpointError: a file is not what its header says, or weights that are summed are not finite (those that are
+            copied are not looked at: `verify` does).
         MechmergeError: a sum leaves the range of the output dtype.
     """
     cuts, dtype = cuts_of(base, found, experts), torch_dtype(out_dtype)
