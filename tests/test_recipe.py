@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mechmerge.artifacts import parse_document, parse_yaml, to_yaml
 from mechmerge.cli.recipe import command
@@ -353,6 +354,7 @@ def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], t
         ("conflict", {"budget": 0.5}, "'budget'"),
         ("conflict", {"weight.maths": 2.0}, "behaviours among formats, sums"),
         ("conflict", {"weight.sums": -1.0}, "positive"),
+        ("conflict", {"weight.sums": "much"}, "weight.sums: expected a positive number"),
         ("random", {}, "like"),
         ("ties", {"density": 1.5}, "density"),
         ("task-arithmetic", {"density": 0.5}, "'density'"),
@@ -364,6 +366,21 @@ def test_parameters_that_a_policy_refuses(measured: list[Path], policy: str, par
         compile_recipe(policy, read_sources(measured), parameters=parameters)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("policy", "name"), [("random", "per_layer"), ("random", "match_norms"), ("magnitude", "per_layer")])
+def test_a_control_takes_no_word_for_a_truth_value(measured: list[Path], policy: str, name: str) -> None:
+    sources = read_sources(measured)
+    like = compile_recipe("conflict", sources)
+    with pytest.raises(InputError, match=f"{name}: expected true or false; found 'no'"):
+        compile_recipe(policy, sources, parameters={name: "no"}, like=(like.recipe, like.masks))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors"])
+def test_masks_do_not_bear_the_name_of_weights(name: str) -> None:
+    with pytest.raises(ValidationError, match="name of a model's weights"):
+        MaskFile(file=name, sha256="a" * 64)
+    assert MaskFile(file="model.masks.safetensors", sha256="a" * 64).file == "model.masks.safetensors", "those of model.yaml"
 
 
 def test_policies_say_which_files_they_lack(measured: list[Path]) -> None:

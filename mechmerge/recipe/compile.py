@@ -230,6 +230,9 @@ def _call(policy: str, function: Callable[..., Choice], measured: Any, settings:
     for name in ("agreement", "unproven"):
         if not isinstance(settings.get(name, False), bool):
             raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(settings[name]))
+    for name, weight in settings.get("weights", {}).items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InputError(f"policy {policy}: weight.{name}", expected="a positive number", found=repr(weight))
     for name, limit in settings.get("limits", {}).items():
         _number(policy, f"limit.{name}", limit, 0, np.inf)
     return function(measured, **settings)
@@ -340,6 +343,9 @@ def _control(
 ) -> Compiled:
     model, masks = like
     _known(policy, given, ["per_layer", "match_norms"] if policy == "random" else ["per_layer"])
+    for setting, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"policy {policy}: {setting}", expected="true or false", found=repr(value))
     if not masks or model.rules:
         raise InputError(
             f"policy {policy}", expected="a recipe of masks to be like", found=f"one of rules ({model.policy.name})"

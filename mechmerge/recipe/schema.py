@@ -30,6 +30,8 @@ Masks = dict[str, Array]
 Scalar = bool | int | float | str
 OutDtype = Literal["float32", "bfloat16", "float16"]
 MASKS_NAME = "masks.safetensors"
+WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
+"""Files of a merged model or an exported adapter."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 PATTERN = re.compile(
     r"L(?P<layer>\d+|\*)(?:\.(?P<part>attention\.rest|mlp\.rest|attention|mlp|norms)|\.(?P<kind>head|kv|neuron)\.(?P<unit>\d+|\*))?"
@@ -73,8 +75,15 @@ class MaskFile(Document):
     """The masks beside the recipe."""
 
     file: str = Field(pattern=r"^[^/\\]+\.safetensors$")
-    """File name, in the recipe's own folder."""
+    """File name, in the recipe's own folder; none of those that weights have, since it is laid beside them."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @field_validator("file")
+    @classmethod
+    def _own(cls, name: str) -> str:
+        if WEIGHTS.fullmatch(name):
+            raise ValueError(f"{name!r} is the name of a model's weights; call it {MASKS_NAME}")
+        return name
 
 
 class Source(Document):
