@@ -122,7 +122,7 @@ TOTAL = LAYERS * sum(UNITS[kind] * PARAMETERS[kind] for kind in UNIT_KINDS)
 
 
 @given(budget=st.floats(0.01, 1), seed=st.integers(0, 50))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_top_takes_the_best_within_the_budget(budget: float, seed: int) -> None:
     file = score_file(seed)
     choice = top({"first": [file]}, budget)
