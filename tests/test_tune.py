@@ -33,9 +33,9 @@ from mechmerge.pipeline.ranking import Judged
 from mechmerge.pipeline.schema import RecipePlan
 from mechmerge.pipeline.search import kept_gain
 from mechmerge.pipeline.space import Open, space_of, spread, untouched
-from mechmerge.pipeline.tune import tune
+from mechmerge.pipeline.tune import measured, tune
 from mechmerge.pipeline.tuning import TuneSettings, Tuning, best_of
-from mechmerge.recipe.compile import compile_recipe
+from mechmerge.recipe.compile import BASELINES, compile_recipe
 from mechmerge.recipe.schema import MergekitMethod, read_recipe
 from mechmerge.recipe.sources import read_sources
 from mechmerge.recipe.strengths import strengthened
@@ -104,6 +104,8 @@ def test_what_is_open() -> None:
     conflict = space_of(RecipePlan(policy="conflict"), ("a",), ("x", "y", "z"))
     assert [one.name for one in conflict] == ["agreement", "weight.y", "weight.z", "strength.a"]
     assert [one.name for one in space_of(RecipePlan(policy="ties"), ("a",), ("x",))] == ["density", "strength.a"]
+    with pytest.raises(InputError, match="nothing"):
+        space_of(RecipePlan(policy="sce"), ("a",), ("x",))  # a strength would change nothing
     closed = RecipePlan(policy="task-arithmetic", parameters={"strength.a": 0.5})
     with pytest.raises(InputError, match="leaves open; found nothing"):
         space_of(closed, ("a",), ("x",))
@@ -137,6 +139,9 @@ def test_strengths_multiply_what_the_policy_chose(tuned: tuple[Path, Tuning], pi
     for bad in ({"strength.c": 1.0}, {"strength.a": "much"}, {"strength.a": True}, {"strength.a": 1e9}):
         with pytest.raises(InputError, match="strength"):
             compile_recipe("conflict", sources, parameters=bad)
+    for policy in ("sce", "model-stock"):
+        with pytest.raises(InputError, match=f"policy {policy}: expected no strengths"):
+            compile_recipe(policy, sources, parameters={"strength.a": 0.5})
     ties = compile_recipe("ties", sources, parameters={"weight": 0.6, "strength.b": 0.5}).recipe
     assert [e.default for e in ties.experts.values()] == [0.6, 0.3]
     assert strengthened(plain.recipe, plain.masks, {}, None)[0].predicted is None, "no effects, no prediction"
@@ -424,6 +429,27 @@ def test_what_the_policy_refuses_is_said(pipeline: Path, tmp_path: Path) -> None
         tune(pipeline, tmp_path / "out", recipe="nothing")
     with pytest.raises(InputError, match="the control random"):
         tune(pipeline, tmp_path / "out", recipe="random")
+    told = yaml.safe_load(pipeline.read_text())
+    told["recipes"]["inside"] = {"policy": "ties", "within": "conflict"}
+    inside = pipeline.with_name("inside.yaml")
+    inside.write_text(yaml.safe_dump(told, sort_keys=False))
+    with pytest.raises(InputError, match="found ties within conflict"):
+        tune(inside, tmp_path / "out", recipe="inside")
+
+
+@pytest.mark.parametrize("policy", ["conflict", *BASELINES])
+def test_what_needs_effects_alone_measures_nothing_else(policy: Any, tmp_path: Path) -> None:
+    class Known:
+        """Stages that say what was asked of them."""
+
+        run, asked = tmp_path, list[str]()
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda: self.asked.append(name)
+
+    known: Any = Known()
+    assert measured(known, RecipePlan(policy=policy)) == [tmp_path / "effects.safetensors"]
+    assert known.asked == ["effects"]
 
 
 def test_a_policy_of_scores_localizes_first(pipeline: Path, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def space_of(plan: RecipePlan, experts: Sequence[str], behaviors: Sequence[str],
     possible = {name: RANGES[name] for name in PARAMETERS[plan.policy] if name in RANGES}
     if "weight" in PARAMETERS[plan.policy] and plan.policy not in BASELINES:
         possible |= {f"weight.{name}": WEIGHT for name in behaviors[1:]}
-    possible |= {f"{PREFIX}{name}": STRENGTH for name in experts}
+    if plan.policy not in BASELINES or "weight" in PARAMETERS[plan.policy]:  # sce and model-stock weigh experts themselves
+        possible |= {f"{PREFIX}{name}": STRENGTH for name in experts}
     chosen = {name: one.model_copy(update={"name": name}) for name, one in possible.items() if name not in plan.parameters}
     for text in opened:
         name, sign, told = text.partition("=")

@@ -32,6 +32,7 @@ from mechmerge.pipeline.stages import Stages, run_record
 from mechmerge.pipeline.state import RunState
 from mechmerge.pipeline.tuning import AskedSuite, TuneSettings, Tuning, best_of
 from mechmerge.progress import SILENT, Progress
+from mechmerge.recipe.compile import BASELINES
 from mechmerge.recipe.schema import write_recipe
 from mechmerge.recipe.sources import read_sources
 from mechmerge.versions import versions
@@ -75,6 +76,11 @@ def tune(
     plan = pipeline.recipes[name]
     if plan.like is not None:
         raise InputError(f"recipe {name}", expected="a policy with something to search", found=f"the control {plan.policy}")
+    if plan.within is not None:
+        raise InputError(
+            f"recipe {name}", expected="a policy on its own", found=f"{plan.policy} within {plan.within}",
+            fix=f"search {plan.within} instead",
+        )  # fmt: skip
     space = space_of(plan, tuple(pipeline.experts), tuple(pipeline.behaviors), opened)
     check_development((), pipeline.evaluate.suites)
     loaded = suites_of(pipeline, source.folder)
@@ -127,7 +133,7 @@ def tune(
 def measured(stages: Stages, plan: RecipePlan) -> list[Path]:
     """Measures what the policy and the predictions need: the effects always, all else where the policy may ask for it."""
     stages.effects()
-    if plan.policy in ("conflict", "solve", "task-arithmetic", "linear", "ties", "dare-ties"):
+    if plan.policy in ("conflict", "solve", *BASELINES):
         return [stages.run / "effects.safetensors"]
     stages.localize()
     stages.rounds()

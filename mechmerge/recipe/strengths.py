@@ -37,8 +37,13 @@ def strengthened(
         effects: what the change is predicted from anew; a prediction of other coefficients is dropped.
 
     Raises:
-        InputError: an expert that the recipe lacks, or no number.
+        InputError: an expert that the recipe lacks, no number, or a baseline whose method takes no weights.
     """
+    if strengths and recipe.mergekit is not None and not recipe.mergekit.weighted:
+        raise InputError(
+            f"policy {recipe.policy.name}", expected="no strengths: its method finds the experts' weights itself",
+            found=", ".join(PREFIX + name for name in strengths),
+        )  # fmt: skip
     for name, value in strengths.items():
         if name not in recipe.experts:
             raise InputError(f"{PREFIX}{name}", expected=f"an expert of {', '.join(recipe.experts)}", found=name)
