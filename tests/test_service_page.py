@@ -169,6 +169,7 @@ def test_a_whole_job_as_a_person_does_it(browser: Browser, place: Place, picture
         open_all(page)
         heat = page.locator('[data-chart=units][data-kind=head][data-score="0"] .heat')
         heat.hover(position={"x": 90, "y": 9})
+        expect(page.locator("#tip")).to_be_visible()
         assert re.match(r"L\d\.head\.0\n", page.locator("#tip").inner_text())
         heat.focus()
         for key in ("Home", "ArrowRight", "ArrowDown", "Enter"):
