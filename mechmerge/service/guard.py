@@ -140,8 +140,16 @@ def check_origin(headers: Headers) -> None:
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site not in (None, "same-origin", "none"):
         raise ServiceError(403, "Sec-Fetch-Site", expected="same-origin", found=repr(site[:40] if site else site))
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and _netloc(origin) != headers.get("host", "").lower():
         raise ServiceError(403, "Origin", expected="this server", found=repr(origin[:100]))
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None where it is no address at all."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _too_large(most: int, found: str) -> ServiceError:
