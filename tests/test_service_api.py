@@ -238,6 +238,26 @@ def test_bodies_that_are_no_submission(body: bytes, api: Served) -> None:
     assert "\n" not in "".join(str(value) for value in answer.json().values())
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "files"),
+    [
+        ("title: light", 'title: "li\\0ght"', {}),
+        ("title: light", 'title: "li\\uD800ght"', {}),
+        ("", "", {"x.json": "\ud800"}),
+        ("", "", {"pipeline.yaml/x.json": "{}"}),
+    ],
+)
+def test_texts_and_names_that_cannot_be_stored(old: str, new: str, files: dict[str, str], api: Served) -> None:
+    body = submission("good/base", "good/expert")
+    body["pipeline"] = body["pipeline"].replace(old, new) if old else body["pipeline"]
+    body["files"] |= files
+    with api.client("run") as client:
+        # As ASCII: what JSON spells out arrives as it is meant.
+        answer = client.post("/api/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert not list(api.service.settings.jobs.glob(".incoming-*"))
+
+
 # --------------------------------------------------------------------------------------------------------------- artifacts
 TRAVERSAL = [
     "../log.jsonl", "..%2flog.jsonl", "%2e%2e/log.jsonl", "%2e%2e%2flog.jsonl", "merged/../../log.jsonl", "....//log.jsonl",
