@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message, Receive, Scope, Send
 
+from mechmerge.service.guard import Guard
 from mechmerge.service.log import write_event
 from mechmerge.service.settings import Settings
 from mechmerge.service.store import Job
@@ -238,6 +241,39 @@ def test_bodies_that_are_no_submission(body: bytes, api: Served) -> None:
     assert "\n" not in "".join(str(value) for value in answer.json().values())
 
 
+def test_half_a_body_is_no_request(api: Served) -> None:
+    """A form that is cut off could be a whole one: without its last field, `dry_run`."""
+    asked: list[str] = []
+
+    async def route(_scope: Scope, receive: Receive, _send: Send) -> None:
+        asked.append(str(await receive()))
+
+    pieces: list[Message] = [{"type": "http.request", "body": b"repo=us/m", "more_body": True}, {"type": "http.disconnect"}]
+    answers: list[Message] = []
+
+    async def receive() -> Message:
+        return pieces.pop(0)
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"24")]
+    scope = {"type": "http", "method": "POST", "path": "/runs/x/publish", "headers": headers}
+    asyncio.run(Guard(route, api.service)(scope, receive, send))
+    assert asked == []
+    assert answers[0]["status"] == 422
+
+
+@pytest.mark.parametrize("charset", ["undefined", "unicode_escape", "utf-16", "hex"])
+def test_forms_in_other_encodings_are_refused(charset: str, api: Served) -> None:
+    form = b'--X\r\nContent-Disposition: form-data; name="csrf"\r\n\r\n\\ud800\r\n--X--\r\n'
+    with api.client() as client:
+        client.get("/login")
+        for said, status in ((f"; charset={charset}", 422), ("; charset=UTF-8", 403), ("", 403)):
+            headers = {"Content-Type": f"multipart/form-data; boundary=X{said}"}
+            assert client.post("/login", content=form, headers=headers).status_code == status, said
+
+
 @pytest.mark.parametrize(
     ("old", "new", "files"),
     [
@@ -411,13 +447,19 @@ def test_publishing_is_checked_before_it_is_queued(api: Served, done: Job) -> No
             assert client.post(f"/api/jobs/{id}/publish", json=body).status_code == status, body
 
 
-def test_metrics_are_in_prometheus_format(api: Served) -> None:
+def test_metrics_are_in_prometheus_format(api: Served, done: Job) -> None:
     with api.client("read") as client:
+        client.get(f"/api/jobs/{done.id}")
+        for method in ("GET", "INVENTED", "INVENTED-TOO"):
+            client.request(method, "/healthz")
         text = client.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert {"mechmerge_jobs", "mechmerge_http_requests", "mechmerge_disk_free_bytes"} <= families.keys()
     routes = {sample.labels.get("route") for sample in families["mechmerge_http_requests"].samples}
     assert "/api/jobs/{id}" in routes, "by route, not by path"
+    methods = {sample.labels.get("method") for sample in families["mechmerge_http_requests"].samples}
+    assert {"GET", "other"} <= methods
+    assert not any(str(method).startswith("INVENTED") for method in methods), "clients do not name series"
 
 
 def test_the_server_imports_no_torch() -> None:
