@@ -413,6 +413,24 @@ def test_a_stream_tells_what_happens(api: Served) -> None:
     assert told == ["event: note", "…", "event: error", "event: end"]
 
 
+@pytest.mark.parametrize("path", ["/api/jobs/{id}/events", "/live"])
+@pytest.mark.parametrize("by", ["token", "session"])
+def test_a_stream_ends_with_its_token(path: str, by: str, api: Served) -> None:
+    job = stored_job(api.service, "running")
+    token, text = api.service.tokens.add("guest", "read")
+    with api.client() as client:
+        if by == "session":
+            assert client.post("/api/session", json={"token": text}).status_code == 200
+        else:
+            client.headers["Authorization"] = f"Bearer {text}"
+        with client.stream("GET", path.format(id=job.id)) as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "retry: 2000"
+            api.service.tokens.revoke(token.id)
+            assert not any(line.startswith("event: end") for line in lines), "it ends, though the job goes on"
+        assert client.get("/api/me").status_code == 401
+
+
 # --------------------------------------------------------------------------------------------------------- the rest
 def test_submissions(api: Served) -> None:
     body = submission("good/base", "good/expert") | {"key": "my-own-key"}

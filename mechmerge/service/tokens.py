@@ -147,6 +147,12 @@ class Tokens:
                     row.used = self.clock()
         return found
 
+    def holds(self, identity: Identity) -> bool:
+        """Whether the token that somebody was identified by is still valid."""
+        with reading(self.engine) as session:
+            row = None if identity.token is None else session.get(TokenRow, identity.token)
+            return row is not None and self._is_valid(row)
+
     # ------------------------------------------------------------------------------------------------------------ sessions
     def open_session(self, text: str) -> tuple[Identity, str] | None:
         """Opens a session with a token: who it is, and the cookie's value; None where the token is not valid."""
