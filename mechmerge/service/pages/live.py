@@ -64,9 +64,7 @@ async def live(request: Request, identity: Reader, service: The, shown: Annotate
     )
 
 
-async def _follow(
-    request: Request, service: Service, board: Board, shown: str, identity: Identity
-) -> AsyncIterator[str]:
+async def _follow(request: Request, service: Service, board: Board, shown: str, identity: Identity) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
     last, spoke = "", loop.time()
     service.metrics.stream(1)
