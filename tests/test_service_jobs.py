@@ -286,6 +286,25 @@ def test_jobs_are_told_to_a_command_with_its_token(tmp_path: Path, monkeypatch: 
         assert '"title": "stored"' in CliRunner().invoke(cli, arguments, standalone_mode=False).output
 
 
+def test_a_server_that_stops_lets_go_of_its_workers(tmp_path: Path) -> None:
+    from mechmerge.service.settings import Settings
+    from tests.serving import served
+
+    with served(Settings(data=tmp_path / "data", namespaces=("good",)), supervise=True, tokens=False) as server:
+        with server.client() as client:
+            id = client.post("/api/jobs", json=submission("good/base", "good/expert")).json()["id"]
+        supervisor, until = server.service.supervisor, time.monotonic() + WAIT
+        while not (running := list(supervisor.running)):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        supervisor.stop()
+        process = running[0].process
+        assert process.returncode is not None
+        assert process.stdin is not None
+        assert process.stdin.closed
+        assert server.service.store.job(id).state == "queued"
+
+
 def test_a_job_whose_worker_cannot_be_started_is_given_up(tmp_path: Path) -> None:
     from mechmerge.service.settings import Settings
     from mechmerge.service.store import NewJob, job_id
