@@ -226,6 +226,8 @@ def test_bodies_are_limited(api: Served) -> None:
         assert client.post("/api/jobs", json=many).status_code == 422
         assert client.post("/api/jobs", json={"pipeline": "x" * 100_001}).status_code == 422
         assert client.get("/api/jobs", params={"limit": 201}).status_code == 422
+        assert client.get("/api/jobs", params={"user": "\0"}).status_code == 422, "PostgreSQL knows no such text"
+        assert client.get("/api/jobs", params={"parent": "\0"}).status_code == 422
         assert client.get("/api/jobs", headers={"X-Long": "x" * 40_000}).status_code == 431
         assert client.get("/api/jobs").status_code == 200
 

@@ -133,7 +133,8 @@ class Tokens:
         """Whose token this is; None where it is none, or no longer one."""
         kind, _, rest = text.partition("_")
         id, _, secret = rest.partition("_")
-        if kind != PREFIX or not secret:
+        # Not every database can look up whatever it may be, such as a NUL.
+        if kind != PREFIX or not secret or not re.fullmatch("[0-9a-f]{12}", id):
             return None
         with reading(self.engine) as session:
             row = session.get(TokenRow, id)
