@@ -59,6 +59,11 @@ COMMANDS_WITHOUT_A_FUNCTION = {
     "cache": "housekeeping of a machine, not a stage",
     "doctor": "a look at a machine, not a stage",
     "completion": "of shells",
+    "serve": "a server, not a stage",
+    "submit": "for people; programs speak to the server's HTTP API",
+    "jobs": "for people; programs speak to the server's HTTP API",
+    "logs": "for people; programs speak to the server's HTTP API",
+    "cancel": "for people; programs speak to the server's HTTP API",
 }
 
 

@@ -26,6 +26,7 @@ TALKS_NOT = "is done in a moment and reports nothing while it works"
 BYTES = "the merge's bytes must not depend on it: computed on the CPU, in float32"
 NOTHING_DRAWN = "draws nothing at random"
 NO_MODEL = "loads no model"
+REMOTE = dict.fromkeys(("device", "dtype", "seed", "threads", "quiet"), "asks a server, which computes by its own options")
 OUT_DTYPE = "--out-dtype is the dtype of what is merged; nothing is computed in another"
 
 TABLE: dict[str, dict[str, str]] = {
@@ -56,6 +57,11 @@ TABLE: dict[str, dict[str, str]] = {
     "doctor": {
         "device": "looks at every device", "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT,
     },
+    "serve token": dict.fromkeys(SHARED, "prints a token, a short list or nothing"),
+    "submit": REMOTE | {"format": "prints the job's id for a script to take"},
+    "jobs": REMOTE,
+    "logs": REMOTE | {"format": "prints the log as it is"},
+    "cancel": REMOTE | {"format": "says one line"},
     "mergekit": dict.fromkeys(SHARED, "all options behind the tool's name are mergekit's own"),
     "completion": dict.fromkeys(SHARED, "prints a script for a shell to read"),
 }  # fmt: skip

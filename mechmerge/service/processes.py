@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROC = Path("/proc")
-MARK = "MECHMERGE_JOB"
+MARK = "_MECHMERGE_JOB"
 """The environment variable that holds the job's name."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -83,6 +83,8 @@ def strike() -> None:
     told = json.loads(sys.argv[1])
     from mechmerge.cli.main import main
 
+    # A shell starts its background jobs with SIGINT ignored, and so would this one be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faults = Faults(told["kind"], told.get("at", 0), told["roots"], told["besides"])
     if told["kind"] == "short":
         resource.setrlimit(resource.RLIMIT_FSIZE, (told["at"], resource.RLIM_INFINITY))

@@ -24,6 +24,13 @@ from mechmerge.service.service import Service
 from mechmerge.service.store import ENDED, State
 from mechmerge.service.tokens import Identity
 
+EVENT = {
+    "type": "object",
+    "description": "One event of the stream.",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    "required": ["data"],
+}
+
 router = APIRouter(prefix="/api/jobs", tags=["events"])
 POLL, ASK, ALIVE = 0.25, 1.0, 15.0
 """Seconds between two looks at the log, at the job's state where the log says nothing, and between two signs of life."""
@@ -64,7 +71,7 @@ def log(id: Id, identity: Reader, service: The, after: Annotated[int, Query(ge=0
         404,
         s200={
             "description": "Events, one JSON object each; the last one is `end`, with the job.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": EVENT}},
         },
         s204={"description": "The job has ended and there is nothing after this number."},
     ),
