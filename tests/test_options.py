@@ -219,10 +219,24 @@ def test_the_cache_and_nested_commands(config: Path, tmp_path: Path, monkeypatch
     monkeypatch.delenv("MECHMERGE_CACHE", raising=False)  # the configuration had set it
 
 
+def test_a_group_with_options_of_its_own_takes_them_beside_its_commands(config: Path, tmp_path: Path) -> None:
+    config.write_text(f'[serve]\ndata = "{tmp_path}/data"\nport = "none"\n[serve.token.add]\nrole = "admin"\n')
+    refused = CliRunner().invoke(cli, ["serve"])
+    assert refused.exit_code == 2
+    assert "'--port'" in refused.output
+    made = CliRunner().invoke(cli, ["serve", "--port", "0", "token", "add", "ann"])
+    assert made.exit_code == 0, made.output
+    listed = CliRunner().invoke(cli, ["serve", "--port", "0", "token", "list", "--format", "json"])
+    assert [row["role"] for row in json.loads(listed.output)["tokens"]] == ["admin"]
+    assert (tmp_path / "data" / "service.sqlite").is_file()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("nonsense = 1", "nonsense: expected one of device"),
+        ("[serve]\nnonsense = 1", "[serve] nonsense: expected an option"),
+        ("[serve.nonsense]\nx = 1", "[serve.nonsense]: expected one of token"),
         ("[nonsense]\nx = 1", "[nonsense]: expected a command"),
         ("[gate]\nnonsense = 1", "[gate] nonsense: expected an option"),
         ("[evaluate]\nsuite = 'formats'", "[evaluate] suite: expected a list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message, Receive, Scope, Send
 
+from mechmerge.service.guard import Guard
 from mechmerge.service.log import write_event
 from mechmerge.service.settings import Settings
 from mechmerge.service.store import Job
@@ -179,6 +182,7 @@ def test_a_session_needs_its_csrf_token_to_change_anything(api: Served, done: Jo
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
@@ -222,6 +226,8 @@ def test_bodies_are_limited(api: Served) -> None:
         assert client.post("/api/jobs", json=many).status_code == 422
         assert client.post("/api/jobs", json={"pipeline": "x" * 100_001}).status_code == 422
         assert client.get("/api/jobs", params={"limit": 201}).status_code == 422
+        assert client.get("/api/jobs", params={"user": "\0"}).status_code == 422, "PostgreSQL knows no such text"
+        assert client.get("/api/jobs", params={"parent": "\0"}).status_code == 422
         assert client.get("/api/jobs", headers={"X-Long": "x" * 40_000}).status_code == 431
         assert client.get("/api/jobs").status_code == 200
 
@@ -235,6 +241,59 @@ def test_bodies_that_are_no_submission(body: bytes, api: Served) -> None:
     assert answer.status_code == 422
     assert set(answer.json()) == {"where", "expected", "found", "fix"}
     assert "\n" not in "".join(str(value) for value in answer.json().values())
+
+
+def test_half_a_body_is_no_request(api: Served) -> None:
+    """A form that is cut off could be a whole one: without its last field, `dry_run`."""
+    asked: list[str] = []
+
+    async def route(_scope: Scope, receive: Receive, _send: Send) -> None:
+        asked.append(str(await receive()))
+
+    pieces: list[Message] = [{"type": "http.request", "body": b"repo=us/m", "more_body": True}, {"type": "http.disconnect"}]
+    answers: list[Message] = []
+
+    async def receive() -> Message:
+        return pieces.pop(0)
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"24")]
+    scope = {"type": "http", "method": "POST", "path": "/runs/x/publish", "headers": headers}
+    asyncio.run(Guard(route, api.service)(scope, receive, send))
+    assert asked == []
+    assert answers[0]["status"] == 422
+
+
+@pytest.mark.parametrize("charset", ["undefined", "unicode_escape", "utf-16", "hex"])
+def test_forms_in_other_encodings_are_refused(charset: str, api: Served) -> None:
+    form = b'--X\r\nContent-Disposition: form-data; name="csrf"\r\n\r\n\\ud800\r\n--X--\r\n'
+    with api.client() as client:
+        client.get("/login")
+        for said, status in ((f"; charset={charset}", 422), ("; charset=UTF-8", 403), ("", 403)):
+            headers = {"Content-Type": f"multipart/form-data; boundary=X{said}"}
+            assert client.post("/login", content=form, headers=headers).status_code == status, said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "files"),
+    [
+        ("title: light", 'title: "li\\0ght"', {}),
+        ("title: light", 'title: "li\\uD800ght"', {}),
+        ("", "", {"x.json": "\ud800"}),
+        ("", "", {"pipeline.yaml/x.json": "{}"}),
+    ],
+)
+def test_texts_and_names_that_cannot_be_stored(old: str, new: str, files: dict[str, str], api: Served) -> None:
+    body = submission("good/base", "good/expert")
+    body["pipeline"] = body["pipeline"].replace(old, new) if old else body["pipeline"]
+    body["files"] |= files
+    with api.client("run") as client:
+        # As ASCII: what JSON spells out arrives as it is meant.
+        answer = client.post("/api/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert not list(api.service.settings.jobs.glob(".incoming-*"))
 
 
 # --------------------------------------------------------------------------------------------------------------- artifacts
@@ -356,6 +415,24 @@ def test_a_stream_tells_what_happens(api: Served) -> None:
     assert told == ["event: note", "…", "event: error", "event: end"]
 
 
+@pytest.mark.parametrize("path", ["/api/jobs/{id}/events", "/live"])
+@pytest.mark.parametrize("by", ["token", "session"])
+def test_a_stream_ends_with_its_token(path: str, by: str, api: Served) -> None:
+    job = stored_job(api.service, "running")
+    token, text = api.service.tokens.add("guest", "read")
+    with api.client() as client:
+        if by == "session":
+            assert client.post("/api/session", json={"token": text}).status_code == 200
+        else:
+            client.headers["Authorization"] = f"Bearer {text}"
+        with client.stream("GET", path.format(id=job.id)) as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "retry: 2000"
+            api.service.tokens.revoke(token.id)
+            assert not any(line.startswith("event: end") for line in lines), "it ends, though the job goes on"
+        assert client.get("/api/me").status_code == 401
+
+
 # --------------------------------------------------------------------------------------------------------- the rest
 def test_submissions(api: Served) -> None:
     body = submission("good/base", "good/expert") | {"key": "my-own-key"}
@@ -390,13 +467,19 @@ def test_publishing_is_checked_before_it_is_queued(api: Served, done: Job) -> No
             assert client.post(f"/api/jobs/{id}/publish", json=body).status_code == status, body
 
 
-def test_metrics_are_in_prometheus_format(api: Served) -> None:
+def test_metrics_are_in_prometheus_format(api: Served, done: Job) -> None:
     with api.client("read") as client:
+        client.get(f"/api/jobs/{done.id}")
+        for method in ("GET", "INVENTED", "INVENTED-TOO"):
+            client.request(method, "/healthz")
         text = client.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert {"mechmerge_jobs", "mechmerge_http_requests", "mechmerge_disk_free_bytes"} <= families.keys()
     routes = {sample.labels.get("route") for sample in families["mechmerge_http_requests"].samples}
     assert "/api/jobs/{id}" in routes, "by route, not by path"
+    methods = {sample.labels.get("method") for sample in families["mechmerge_http_requests"].samples}
+    assert {"GET", "other"} <= methods
+    assert not any(str(method).startswith("INVENTED") for method in methods), "clients do not name series"
 
 
 def test_the_server_imports_no_torch() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,34 @@ def test_a_client_without_a_server_is_one_line() -> None:
             client.job("../tokens")
 
 
+def test_a_server_is_waited_for_after_a_long_silence_too() -> None:
+    """It sends signs of life alone for longer than the client is patient, goes away, and is there again."""
+    ends: list[str] = []
+
+    class Quiet(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "10000")  # so that it breaks off, as that of a server that is killed
+            self.end_headers()
+            ends.append("")
+            if len(ends) == 1:
+                for _ in range(12):
+                    self.wfile.write(b": still here\n\n")
+                    time.sleep(0.1)
+            else:
+                self.wfile.write(b'id: 7\nevent: end\ndata: {"state": "done"}\n\n')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}", patience=0.6) as client:
+            assert list(client.follow("0" * 16)) == [{"state": "done", "type": "end"}]
+        server.shutdown()
+    assert len(ends) == 2
+
+
 def test_jobs_are_told_to_a_command_with_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mechmerge.service.settings import Settings
     from tests.serving import served
@@ -254,6 +284,25 @@ def test_jobs_are_told_to_a_command_with_its_token(tmp_path: Path, monkeypatch: 
         assert "server: token" in str(refused.exception)
         monkeypatch.setenv("MECHMERGE_TOKEN", server.tokens["read"])
         assert '"title": "stored"' in CliRunner().invoke(cli, arguments, standalone_mode=False).output
+
+
+def test_a_server_that_stops_lets_go_of_its_workers(tmp_path: Path) -> None:
+    from mechmerge.service.settings import Settings
+    from tests.serving import served
+
+    with served(Settings(data=tmp_path / "data", namespaces=("good",)), supervise=True, tokens=False) as server:
+        with server.client() as client:
+            id = client.post("/api/jobs", json=submission("good/base", "good/expert")).json()["id"]
+        supervisor, until = server.service.supervisor, time.monotonic() + WAIT
+        while not (running := list(supervisor.running)):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        supervisor.stop()
+        process = running[0].process
+        assert process.returncode is not None
+        assert process.stdin is not None
+        assert process.stdin.closed
+        assert server.service.store.job(id).state == "queued"
 
 
 def test_a_job_whose_worker_cannot_be_started_is_given_up(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mechmerge.service.database import migrate, open_engine
 from mechmerge.service.problems import Problem, ServiceError
 from mechmerge.service.store import LEASE, Claim, Job, NewJob, Store, job_id
 from mechmerge.service.tables import Base
+from mechmerge.service.tokens import Tokens
 from tests.serving import database, postgres  # noqa: F401  (fixtures)
 
 
@@ -165,6 +166,41 @@ def test_one_users_requests_at_once_keep_the_quota(store: Store) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ claims
+def test_jobs_resumed_at_once_keep_the_quota(store: Store) -> None:
+    jobs = [put(store) for _ in range(8)]
+    for job in jobs:
+        store.cancel(job.id)
+    refused: list[str] = []
+    together = threading.Barrier(len(jobs))
+
+    def work(id: str) -> None:
+        together.wait()
+        try:
+            store.resume(id, quota=1)
+        except ServiceError as error:
+            refused.append(error.where)
+
+    threads = [threading.Thread(target=work, args=(job.id,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert refused == ["jobs of ann"] * 7
+    assert store.counts().queued == 1
+
+
+def test_texts_that_are_no_token(engine: Engine) -> None:
+    tokens = Tokens(engine)
+    made, text = tokens.add("ann", "read")
+    found = tokens.identify(text)
+    assert found is not None
+    assert tokens.holds(found)
+    for other in ("", "mmt", "mmt_\0_x", f"mmt_{made.id}\0_x", "mmt__x", text[:-1], text.upper(), f"mmt_{made.id}_\0"):
+        assert tokens.identify(other) is None
+    tokens.revoke(made.id)
+    assert not tokens.holds(found)
+
+
 def test_a_claim_that_was_given_up_changes_nothing(store: Store) -> None:
     put(store)
     old = claim_of(store.claim("one"))

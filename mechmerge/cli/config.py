@@ -124,17 +124,26 @@ def _of_command(
     command = group.get_command(context, name)
     if command is None:
         return {}
+    nested: dict[str, Any] = {}
     if isinstance(command, click.Group):
         inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-        if plain := [key for key in table if key not in inner]:
-            raise SchemaError(f"{where}: [{name}] {plain[0]}", expected=f"a table [{name}.COMMAND]", found="an option")
-        nested = context.__class__(command, parent=context, info_name=name)
-        if unknown := [key for key in inner if key not in command.list_commands(nested)]:
-            raise SchemaError(f"{where}: [{name}.{unknown[0]}]", expected=f"one of {', '.join(command.list_commands(nested))}")
-        return {
-            one: _of_command(command, nested, one, shared, inner.get(one, {}), f"{where}: {name}")
-            for one in command.list_commands(nested)
+        table = {key: value for key, value in table.items() if key not in inner}
+        if table and not options_of(command):
+            raise SchemaError(f"{where}: [{name}] {next(iter(table))}", expected=f"a table [{name}.COMMAND]", found="an option")
+        below = context.__class__(command, parent=context, info_name=name)
+        if unknown := [key for key in inner if key not in command.list_commands(below)]:
+            raise SchemaError(f"{where}: [{name}.{unknown[0]}]", expected=f"one of {', '.join(command.list_commands(below))}")
+        nested = {
+            one: _of_command(command, below, one, shared, inner.get(one, {}), f"{where}: {name}")
+            for one in command.list_commands(below)
         }
+    return nested | _options(command, name, shared, table, where)
+
+
+def _options(
+    command: click.Command, name: str, shared: Mapping[str, Any], table: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """What the file and the shared environment say of a command's own options, by click's names."""
     options = options_of(command)
     found: dict[str, Any] = {}
     for key, value in {**{k: v for k, v in shared.items() if k in options and k not in table}, **table}.items():

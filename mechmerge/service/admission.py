@@ -46,6 +46,9 @@ def admit(text: str, files: Iterable[str], settings: Settings) -> Pipeline:
     if len(text.encode()) > PIPELINE_BYTES:
         raise InputError("pipeline", expected=f"at most {PIPELINE_BYTES} bytes", found=str(len(text.encode())))
     pipeline = parse_document(Pipeline, parse_yaml(text, "pipeline"), "pipeline")
+    if "\0" in pipeline.title or any("\ud800" <= character <= "\udfff" for character in pipeline.title):
+        # YAML can spell them out, and no database or file takes them.
+        raise InputError("pipeline: title", expected="text", found=ascii(pipeline.title[:200]))
     names = check_names(files)
     groups = {"formats", *builtin_names()}
     for name, plan in pipeline.behaviors.items():
@@ -82,7 +85,8 @@ def check_names(files: Iterable[str]) -> set[str]:
                 found="another",
             )
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    if twice := sorted(names & folders):
+    # The pipeline itself lies beside them.
+    if twice := sorted((names | {PIPELINE}) & folders):
         raise InputError(f"files: {twice[0]!r}", expected="a file", found="a folder of another file as well")
     return names
 
@@ -183,12 +187,20 @@ def check_repo(repo: str, settings: Settings) -> str:
 
 
 def write_input(folder: Path, pipeline: str, files: Mapping[str, str]) -> None:
-    """Writes a pipeline and the files sent along into a new folder; their names are checked."""
+    """Writes a pipeline and the files sent along into a new folder; their names are checked.
+
+    Raises:
+        InputError: a name that may not be, or a text that UTF-8 cannot hold.
+    """
     check_names(files)
     for name, text in {PIPELINE: pipeline, **files}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except UnicodeEncodeError:
+            # JSON can spell out half of a surrogate pair.
+            raise InputError(f"files: {name!r}", expected="text in UTF-8", found="half a surrogate pair") from None
 
 
 def sent_files(folder: Path) -> list[str]:

@@ -122,6 +122,7 @@ class Client:
     def __init__(self, url: str, token: str | None = None, patience: float = PATIENCE) -> None:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.url, self.patience = url.rstrip("/"), patience
+        self._heard = time.monotonic()
         try:
             local = httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
             # A proxy of the environment does not reach this machine's own address.
@@ -171,16 +172,16 @@ class Client:
 
         A server that goes away meanwhile is waited for.
         """
-        known, last = 0, time.monotonic()
+        known, self._heard = 0, time.monotonic()
         while True:
             try:
                 for kind, data, number in self._stream(_id(id), known):
-                    last, known = time.monotonic(), number
+                    known = number
                     yield data | {"type": kind}
                     if kind == "end":
                         return
             except httpx.TransportError as error:
-                if time.monotonic() - last > self.patience:
+                if time.monotonic() - self._heard > self.patience:
                     raise self._unreachable(error) from None
             time.sleep(min(1.0, self.patience))
 
@@ -196,6 +197,8 @@ class Client:
                 _check(answer)
             fields: dict[str, str] = {}
             for line in answer.iter_lines():
+                # A sign of life, too: a stage that says nothing for long is no server that went away.
+                self._heard = time.monotonic()
                 name, _, value = line.partition(": ")
                 if line:
                     fields[name] = value

@@ -19,7 +19,7 @@ from mechmerge.service.metrics import Metrics
 from mechmerge.service.settings import Settings
 from mechmerge.service.store import Store
 from mechmerge.service.supervisor import Supervisor
-from mechmerge.service.tokens import Tokens
+from mechmerge.service.tokens import Identity, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Service:
     def is_open(self) -> bool:
         """Whether no token is needed: only this machine reaches the server, and there never was one."""
         return self.settings.loopback and not self.settings.hosts and not self.tokens.ever()
+
+    def admits(self, identity: Identity) -> bool:
+        """Whether somebody who was let in may stay: what streams ask again and again."""
+        return self.is_open if identity.token is None else self.tokens.holds(identity)
 
     def folder(self, id: str) -> Path:
         """A job's folder."""

@@ -371,6 +371,8 @@ class Store:
             ServiceError: it is in another state (409), or the user's quota is used up (429).
         """
         with writing(self.engine) as session:
+            # Before the row is locked, as `submit` does: else two requests could wait for one another.
+            self._serialize(session, session.scalar(select(JobRow.user).where(JobRow.id == id)) or "")
             row = _row(session, id, lock=True)
             if row.state not in ("failed", "cancelled"):
                 raise ServiceError(409, f"job {id}", expected="a job that failed or was cancelled", found=row.state)

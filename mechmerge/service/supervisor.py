@@ -225,9 +225,7 @@ class Supervisor:
     def _ended(self, worker: Running) -> None:
         """Writes down how a worker ended. It stays in the list until that is done, should the store not answer."""
         worker.seconds = worker.seconds or time.monotonic() - worker.since
-        if worker.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                worker.process.stdin.close()
+        _let_go(worker)
         end_group(worker.process.pid)
         if not end_marked(self._mark(worker.job.id)):
             LOG.error("job %s: a process that it started cannot be killed", worker.job.id)
@@ -270,6 +268,7 @@ class Supervisor:
             end_group(worker.process.pid)
         for worker in list(self.running):
             worker.process.wait()
+            _let_go(worker)
             worker.seconds = time.monotonic() - worker.since
             end_marked(self._mark(worker.job.id))
             try:
@@ -304,6 +303,13 @@ class Supervisor:
                 write_event(folder / "log.jsonl", claim.attempt, "note", "the server was interrupted")
             if state is not None:
                 write_event(folder / "log.jsonl", claim.attempt, "state", state)
+
+
+def _let_go(worker: Running) -> None:
+    """Closes our end of a worker's lifeline."""
+    assert worker.process.stdin is not None  # noqa: S101 - a pipe was asked for
+    with contextlib.suppress(BrokenPipeError):
+        worker.process.stdin.close()
 
 
 def machine() -> str:

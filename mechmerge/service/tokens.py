@@ -133,7 +133,8 @@ class Tokens:
         """Whose token this is; None where it is none, or no longer one."""
         kind, _, rest = text.partition("_")
         id, _, secret = rest.partition("_")
-        if kind != PREFIX or not secret:
+        # Not every database can look up whatever it may be, such as a NUL.
+        if kind != PREFIX or not secret or not re.fullmatch("[0-9a-f]{12}", id):
             return None
         with reading(self.engine) as session:
             row = session.get(TokenRow, id)
@@ -146,6 +147,12 @@ class Tokens:
                 if row is not None:
                     row.used = self.clock()
         return found
+
+    def holds(self, identity: Identity) -> bool:
+        """Whether the token that somebody was identified by is still valid."""
+        with reading(self.engine) as session:
+            row = None if identity.token is None else session.get(TokenRow, identity.token)
+            return row is not None and self._is_valid(row)
 
     # ------------------------------------------------------------------------------------------------------------ sessions
     def open_session(self, text: str) -> tuple[Identity, str] | None:

@@ -22,6 +22,7 @@ from mechmerge.service.log import Event, read_events
 from mechmerge.service.problems import ServiceError, answers
 from mechmerge.service.service import Service
 from mechmerge.service.store import ENDED, State
+from mechmerge.service.tokens import Identity
 
 EVENT = {
     "type": "object",
@@ -90,19 +91,23 @@ async def events(
     if start and job.state in ENDED and not read_events(service.folder(id) / "log.jsonl", start)[0]:
         return Response(status_code=204)
     return StreamingResponse(
-        _follow(id, start, request, service), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+        _follow(id, start, request, service, identity), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )
 
 
-async def _follow(id: str, position: int, request: Request, service: Service) -> AsyncIterator[str]:
+async def _follow(id: str, position: int, request: Request, service: Service, identity: Identity) -> AsyncIterator[str]:
     path = service.folder(id) / "log.jsonl"
     loop = asyncio.get_running_loop()
-    asked, spoke = 0.0, loop.time()
+    asked, spoke, checked = 0.0, loop.time(), loop.time()
     ended = False
     service.metrics.stream(1)
     try:
         yield "retry: 2000\n\n"
         while not service.stopping.is_set():
+            if loop.time() - checked >= ASK:
+                checked = loop.time()
+                if not await run_in_threadpool(service.admits, identity):
+                    return  # the token was revoked, or is too old
             found, position = read_events(path, position)
             for number, event in found:
                 yield _message(event.type, event.model_dump_json(exclude_none=True), number)

@@ -19,7 +19,7 @@ from mechmerge.service.log import Progress, progress_of, write_event
 from mechmerge.service.problems import ServiceError, answers
 from mechmerge.service.service import DELETED, INCOMING, Service
 from mechmerge.service.store import Job, NewJob, State, job_id
-from mechmerge.service.tokens import Identity
+from mechmerge.service.tokens import USER, Identity
 
 router = APIRouter(prefix="/api/jobs", tags=["jobs"])
 NORMAL = 5
@@ -97,8 +97,8 @@ def list_jobs(
     identity: Reader,
     service: The,
     state: Annotated[list[State] | None, Query(max_length=5, description="Only these states.")] = None,
-    user: Annotated[str | None, Query(max_length=64, description="Only of this user.")] = None,
-    parent: Annotated[str | None, Query(max_length=32, description="Only publications of this job.")] = None,
+    user: Annotated[str | None, Query(pattern=f"^{USER}$", description="Only of this user.")] = None,
+    parent: Annotated[str | None, Query(pattern=r"^[0-9a-f]{16}$", description="Only publications of this job.")] = None,
     before: Annotated[int | None, Query(ge=0, le=2**62, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Jobs:

@@ -20,6 +20,7 @@ from mechmerge.report.pack import clean
 from mechmerge.service.access import Reader, The
 from mechmerge.service.pages.jobs import Shown, list_rows
 from mechmerge.service.service import Service
+from mechmerge.service.tokens import Identity
 
 router = APIRouter(include_in_schema=False)
 EVERY, ALIVE = 1.0, 15.0
@@ -57,19 +58,21 @@ def board_of(request: Request, service: Service) -> Board:
 async def live(request: Request, identity: Reader, service: The, shown: Annotated[Shown, Query()] = "all") -> Response:
     """The first page of the list, now and whenever it changes."""
     return StreamingResponse(
-        _follow(request, service, board_of(request, service), shown),
+        _follow(request, service, board_of(request, service), shown, identity),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
 
 
-async def _follow(request: Request, service: Service, board: Board, shown: str) -> AsyncIterator[str]:
+async def _follow(request: Request, service: Service, board: Board, shown: str, identity: Identity) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
     last, spoke = "", loop.time()
     service.metrics.stream(1)
     try:
         yield "retry: 2000\n\n"
         while not service.stopping.is_set() and not await request.is_disconnected():
+            if not await run_in_threadpool(service.admits, identity):
+                return  # the token was revoked, or is too old
             said = await run_in_threadpool(board.look, shown)
             if said != last:
                 last, spoke = said, loop.time()

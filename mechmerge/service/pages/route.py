@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse, Response
 from fastapi.routing import APIRoute
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 
 from mechmerge.errors import MechmergeError
@@ -33,6 +34,7 @@ class PageRoute(APIRoute):
             try:
                 if request.method != "POST":
                     return await handler(request)
+                _check_charset(request)
                 async with request.form(max_files=FIELDS, max_fields=FIELDS) as form:
                     request.state.form = form
                     request.state.csrf = field(form, "csrf")
@@ -47,6 +49,18 @@ class PageRoute(APIRoute):
                 return problem_page(request, error)
 
         return handle
+
+
+def _check_charset(request: Request) -> None:
+    """Refuses a form in another encoding than browsers send ours in: a codec that a request names is not always one of texts.
+
+    Raises:
+        ServiceError: it is (422).
+    """
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise ServiceError(422, "Content-Type", expected="charset=utf-8", found=repr(charset[:40]))
 
 
 def page_router() -> APIRouter:
