@@ -16,7 +16,7 @@ from mechmerge.behaviors.chat import chat_template_of, render
 from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior, Pair, load_protected, protected_names
 from mechmerge.cli.main import cli
-from mechmerge.errors import InputError
+from mechmerge.errors import InputError, LocalizeError
 from mechmerge.evaluate.suites import load_suite
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, Point
 from mechmerge.localize.effect_file import EffectFile, Line, Linearity, read_effects
@@ -57,6 +57,14 @@ def effects(base: Model, expert: Model, second_expert: Model, tmp_path_factory: 
     settings = EffectSettings(**COMMON, origin="sum", check=8)
     measure_effects(base, {"a": expert, "b": second_expert}, rows(), out, settings)
     return out
+
+
+def test_an_expert_that_gains_nothing_is_refused(base: Model, tmp_path: Path) -> None:
+    """Its behaviour would otherwise count with a turned sign, or without bound."""
+    row = BehaviorRow("first", (behavior("one"),), "a")
+    for settings in (EffectSettings(**COMMON, origin="sum"), EffectSettings(**COMMON, check=8)):
+        with pytest.raises(LocalizeError, match=r"behaviour first: expected its expert a to lower its loss; found a gain of"):
+            measure_effects(base, {"a": base}, [row], tmp_path / "effects.safetensors", settings)
 
 
 def proven(path: Path) -> EffectFile:

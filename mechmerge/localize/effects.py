@@ -36,7 +36,7 @@ from mechmerge.localize.integrals import gauss_legendre, integrate
 from mechmerge.localize.linearity import check_linearity
 from mechmerge.localize.plan import Plan
 from mechmerge.localize.plan_steps import plan_anchor_effects, plan_effects
-from mechmerge.localize.proposal import NODES, drop, everything, per_nat, propose
+from mechmerge.localize.proposal import NODES, drop, everything, mean_losses, per_nat, propose, references
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -85,7 +85,7 @@ def measure_effects(
         InputError: no behaviours, or one of an expert that is not given.
         PairError: the models cannot be compared.
         LocalizeError: on the loss, an expert has no answer that passes its behaviour's verifier; on the anchor, an anchor is
-            not valid and such are refused, or has no gap.
+            not valid and such are refused, or has no gap; from the sum or with a check, an expert does nothing for its own behaviour.
     """
     settings = settings or EffectSettings()
     kind = AnchorCalibration if settings.metric == "anchor" else Calibration
@@ -135,14 +135,11 @@ def _along_the_path(calibration: Calibration, settings: EffectSettings) -> Effec
 
 def _from_the_sum(calibration: Calibration, settings: EffectSettings) -> EffectFile:
     """Integrates from the sum to what a round would leave of it."""
-    weights, start = calibration.weights(), everything(calibration)
-    base = weights @ calibration.losses(calibration.point(0.0), "the base")
-    at = weights @ calibration.losses(start, "the sum")
-    rows = calibration.rows
-    own = [(weights @ calibration.losses(calibration.point(1.0, row.expert), row.expert))[r] if not row.protected else base[r]
-           for r, row in enumerate(rows)]  # fmt: skip
+    start = everything(calibration)
+    base, own = references(calibration)
+    at = mean_losses(calibration, start, "the sum")
     proposal = propose(calibration, start, per_nat(calibration, base - own), "the sum")
-    there = weights @ calibration.losses(proposal.point, "the proposal")
+    there = mean_losses(calibration, proposal.point, "the proposal")
     change = {kind: array - 1 for kind, array in (proposal.point.units or {}).items()}
     error = np.abs(drop(calibration, proposal.along, change) - (at - there))
     error /= np.maximum(np.abs(at - there), COMPLETENESS_FLOOR)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mechmerge.errors import LocalizeError
 from mechmerge.localize.calibration import Calibration, Point
 from mechmerge.localize.integrals import gauss_legendre, integrate
 from mechmerge.models.components import UNIT_KINDS
@@ -44,12 +45,41 @@ def everything(calibration: Calibration) -> Point:
     return Point((1.0,) * experts, ones)
 
 
+def mean_losses(calibration: Calibration, point: Point, label: str) -> Array:
+    """Each behaviour's loss at a point, float64 [R]."""
+    found: Array = calibration.weights() @ calibration.losses(point, label)
+    return found
+
+
+def references(calibration: Calibration) -> tuple[Array, Array]:
+    """Each behaviour's value at the base and at its own expert (the base again where it is protected), float64 [R] each."""
+    base_loss = mean_losses(calibration, calibration.point(0.0), "the base")
+    own = base_loss.copy()
+    for r, row in enumerate(calibration.rows):
+        if row.protected:
+            continue
+        own[r] = mean_losses(calibration, calibration.point(1.0, row.expert), row.expert)[r]
+    return base_loss, own
+
+
 def per_nat(calibration: Calibration, gains: Array) -> Array:
     """What one unit of each behaviour's value counts, [R]: its weight, divided by its own expert's gain where it has an expert.
 
     A protected behaviour has no expert and no gain: a nat of damage to it counts as much as `weight` whole own gains do.
+
+    Raises:
+        LocalizeError: an expert does nothing for the behaviour it answers for.
     """
     rows = calibration.rows
+    does, unit = {
+        "loss": ("lower its loss", "nats"),
+        "anchor": ("move its state along the anchor", "of recovery"),
+    }[calibration.metric]
+    for row, gain in zip(rows, gains, strict=True):
+        if not row.protected and not gain > 0:
+            raise LocalizeError(
+                f"behaviour {row.name}", expected=f"its expert {row.expert} to {does}", found=f"a gain of {gain:.3f} {unit}"
+            )
     return np.array([row.weight / (1.0 if row.protected else gain) for row, gain in zip(rows, gains, strict=True)])
 
 

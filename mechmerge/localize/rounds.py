@@ -25,9 +25,19 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from mechmerge.artifacts import lock
-from mechmerge.errors import LocalizeError
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
-from mechmerge.localize.proposal import Units, agreed, drop, everything, per_nat, propose, switch, turned_over
+from mechmerge.localize.proposal import (
+    Units,
+    agreed,
+    drop,
+    everything,
+    mean_losses,
+    per_nat,
+    propose,
+    references,
+    switch,
+    turned_over,
+)
 from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
 from mechmerge.localize.settings import loss_of_rounds
 from mechmerge.models.deltas import unit_parameters
@@ -134,33 +144,6 @@ def _rounds(calibration: Calibration, settings: RoundSettings) -> RoundsFile:
         versions=versions(),
     )
     return RoundsFile(metadata, {f"{kind}.coefficient": array for kind, array in (current.units or {}).items()})
-
-
-def mean_losses(calibration: Calibration, point: Point, label: str) -> Array:
-    """Each behaviour's loss at a point, float64 [R]."""
-    found: Array = calibration.weights() @ calibration.losses(point, label)
-    return found
-
-
-def references(calibration: Calibration) -> tuple[Array, Array]:
-    """Each behaviour's loss at the base and at its own expert (the base again where it is protected), float64 [R] each.
-
-    Raises:
-        LocalizeError: an expert does not lower the loss of the behaviour it answers for.
-    """
-    base_loss = mean_losses(calibration, calibration.point(0.0), "the base")
-    own = base_loss.copy()
-    for r, row in enumerate(calibration.rows):
-        if row.protected:
-            continue
-        own[r] = mean_losses(calibration, calibration.point(1.0, row.expert), row.expert)[r]
-        if base_loss[r] <= own[r]:
-            raise LocalizeError(
-                f"behaviour {row.name}",
-                expected=f"its expert {row.expert} to lower its loss",
-                found=f"a gain of {base_loss[r] - own[r]:.3f} nats",
-            )
-    return base_loss, own
 
 
 def settled_behaviors(

@@ -26,8 +26,8 @@ from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.effect_program import Anchored, Solved, check_proven, limits_of, solve_effects
 from mechmerge.localize.effects import statistics
 from mechmerge.localize.integrals import integrate
-from mechmerge.localize.proposal import CUTS, everything, per_nat
-from mechmerge.localize.rounds import LossSettings, mean_losses, references, settled_behaviors
+from mechmerge.localize.proposal import CUTS, everything, mean_losses, per_nat, references
+from mechmerge.localize.rounds import LossSettings, settled_behaviors
 from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SolveRecord
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
