@@ -85,7 +85,8 @@ def measure_effects(
         InputError: no behaviours, or one of an expert that is not given.
         PairError: the models cannot be compared.
         LocalizeError: on the loss, an expert has no answer that passes its behaviour's verifier; on the anchor, an anchor is
-            not valid and such are refused, or has no gap; from the sum or with a check, an expert does nothing for its own behaviour.
+            not valid and such are refused, or has no gap; from the sum or with a check, an expert does nothing for its own
+            behaviour.
     """
     settings = settings or EffectSettings()
     kind = AnchorCalibration if settings.metric == "anchor" else Calibration
