@@ -34,7 +34,7 @@ $(READY): constraints.txt pyproject.toml
 	@$(PIP) -e '.[dev]' $(BRIEFLY)
 	@touch $@
 
-demo: $(READY) ## Run the whole pipeline on SmolLM2-135M (under 30 minutes on two cores; again: under a minute)
+demo: $(READY) ## Run the whole pipeline on SmolLM2-135M (about half an hour on two cores; again: under a minute)
 	@$(BIN)/mechmerge demo
 
 test: $(READY) ## Run all tests, those on the real SmolLM2 included
