@@ -113,9 +113,15 @@ def test_rules_are_named(tmp_path: Path) -> None:
     shapes = {kind: (LAYERS, UNITS[kind]) for kind in UNIT_KINDS}
     found = explain.resolved(made, masks, shapes)
     first, second = explain.component_rows(made, masks, found, "L1.head.2")
-    assert (first["coefficient"], first["decided by"]) == (0.5, "rule L1 = 0.25, rule L1.head.2 = 0.5, default 1")
+    assert (first["coefficient"], first["decided by"]) == (0.5, "rule L1.head.2 = 0.5")
     assert (second["coefficient"], second["decided by"]) == (1.0, "mask second.head")
-    assert explain.component_rows(made, masks, found, "L1.head.1")[0]["decided by"] == "rule L1 = 0.25, default 1"
+    assert explain.component_rows(made, masks, found, "L1.head.1")[0]["decided by"] == "rule L1 = 0.25"
+    # A module's units are decided by themselves; where no rule reaches, the default does.
+    decided = {
+        name: explain.component_rows(made, masks, found, name)[0]["decided by"] for name in ("L1.attention", "L2.head.2")
+    }
+    assert decided == {"L1.attention": "rule L1 = 0.25, rule L1.head.2 = 0.5", "L2.head.2": "default 1"}
+    assert explain.component_rows(made, masks, found, "L2.mlp")[1]["decided by"] == "rule L*.mlp = 0.75"
     write_recipe(tmp_path / "rules.yaml", made)
     with pytest.raises(MissingError, match="--effects"):
         explain.resolved(made, {}, {})

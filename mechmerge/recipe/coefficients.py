@@ -151,9 +151,14 @@ def _fill(row: Array, layer: int, kind: str, rules: list[tuple[Pattern, Rule]]) 
         row[unit] = _strongest(candidates, f"{where}.{unit}")
 
 
+def most_specific(candidates: list[tuple[Pattern, Rule]]) -> list[Rule]:
+    """The rules whose pattern has no narrower one among the candidates: these decide."""
+    return [rule for pattern, rule in candidates if not any(p != pattern and p.within(pattern) for p, _ in candidates)]
+
+
 def _strongest(candidates: list[tuple[Pattern, Rule]], where: str) -> float:
     """The coefficient of the most specific rules, which must agree."""
-    top = [rule for pattern, rule in candidates if not any(p != pattern and p.within(pattern) for p, _ in candidates)]
+    top = most_specific(candidates)
     other = next((rule for rule in top if rule.coefficient != top[0].coefficient), None)
     if other is not None:
         first = top[0]

@@ -15,7 +15,7 @@ from mechmerge.errors import InputError, MissingError
 from mechmerge.localize.effect_file import MEASURED, EffectFile
 from mechmerge.models.components import PARTS, UNIT_KINDS, Component, parse_component
 from mechmerge.models.families import FAMILIES, Architecture
-from mechmerge.recipe.coefficients import Coefficients, coefficients, parse_pattern
+from mechmerge.recipe.coefficients import Coefficients, coefficients, most_specific, parse_pattern
 from mechmerge.recipe.schema import Array, Masks, Recipe
 
 DEPTHS = ("early", "middle", "late")
@@ -221,16 +221,25 @@ def _values(found: Coefficients, expert: str, component: Component) -> Array:
 
 
 def _decided(recipe: Recipe, masks: Masks, arch: Architecture, expert: str, component: Component) -> str:
-    kinds = PARTS.get(component.kind, (component.kind,))
-    told = [f"mask {expert}.{kind}" for kind in kinds if f"{expert}.{kind}" in masks]
-    for rule in recipe.rules:
-        pattern = parse_pattern(rule.component, arch)
-        meets = any(pattern.meets(component.layer, kind) and f"{expert}.{kind}" not in masks for kind in kinds)
-        if rule.expert == expert and meets and (pattern.unit is None or component.kind not in UNIT_KINDS
-                                                or pattern.unit == component.unit):  # fmt: skip
-            told.append(f"rule {rule.component} = {rule.coefficient:g}")
-    whole = all(f"{expert}.{kind}" in masks for kind in kinds)
-    return ", ".join(told) if told and whole else ", ".join([*told, f"default {recipe.experts[expert].default:g}"])
+    """What a component's coefficients come from: masks, the most specific rules, and the default where nothing else tells."""
+    told: dict[str, None] = {}
+    default = False
+    for kind in PARTS.get(component.kind, (component.kind,)):
+        if f"{expert}.{kind}" in masks:
+            told[f"mask {expert}.{kind}"] = None
+            continue
+        named = [(parse_pattern(rule.component, arch), rule) for rule in recipe.rules if rule.expert == expert]
+        meeting = [(pattern, rule) for pattern, rule in named if pattern.meets(component.layer, kind)]
+        single = component.unit if component.kind in UNIT_KINDS else None
+        units = {single} if single is not None else {None, *(pattern.unit for pattern, _ in meeting)}
+        deciding = [
+            rule
+            for unit in units
+            for rule in most_specific([(pattern, rule) for pattern, rule in meeting if pattern.unit in (None, unit)])
+        ]
+        told |= {f"rule {rule.component} = {rule.coefficient:g}": None for rule in recipe.rules if rule in deciding}
+        default |= not any(pattern.unit is None or pattern.unit == single for pattern, _ in meeting)
+    return ", ".join([*told, *([f"default {recipe.experts[expert].default:g}"] if default or not told else [])])
 
 
 # ------------------------------------------------------------------------------------------------------------------ differences
