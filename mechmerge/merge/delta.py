@@ -13,6 +13,23 @@ from mechmerge.errors import MechmergeError
 from mechmerge.recipe.coefficients import Coefficients, Owners, tensor_coefficient
 
 
+def coefficient_of(name: str, delta: torch.Tensor, owners: Owners, found: Coefficients, expert: str) -> torch.Tensor:
+    """An expert's coefficients of a tensor: one value, or one a row or column, in a shape that multiplies `delta` (float32).
+
+    Args:
+        name: full name of the tensor.
+        delta: the expert's delta; its shape and device are looked at.
+        owners: the components that share the tensor.
+        found: the recipe's coefficients.
+        expert: its name in the recipe.
+    """
+    dim, values = tensor_coefficient(name, tuple(delta.shape), owners, found, expert)
+    shape = [1] * delta.dim()
+    if dim is not None:
+        shape[dim] = -1
+    return torch.from_numpy(values.copy()).to(delta.device).reshape(shape)
+
+
 def summed_delta(
     name: str, base: torch.Tensor, experts: Mapping[str, torch.Tensor], owners: Owners, found: Coefficients
 ) -> torch.Tensor:
@@ -31,11 +48,7 @@ def summed_delta(
     total = None
     for which, tensor in experts.items():
         delta = tensor - base
-        dim, values = tensor_coefficient(name, tuple(delta.shape), owners, found, which)
-        shape = [1] * delta.dim()
-        if dim is not None:
-            shape[dim] = -1
-        delta *= torch.from_numpy(values.copy()).to(delta.device).reshape(shape)
+        delta *= coefficient_of(name, delta, owners, found, which)
         total = delta if total is None else total.add_(delta)
     if total is None:
         raise MechmergeError(name, expected="experts", found="none")

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 
 from mechmerge.errors import MechmergeError
-from mechmerge.merge.delta import summed_delta
+from mechmerge.merge.delta import coefficient_of, summed_delta
 from mechmerge.merge.within import merge_within
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of, tensor_coefficient
+from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of
 from mechmerge.recipe.emit import METHOD, WITHIN
 from mechmerge.recipe.schema import Recipe, read_recipe
 
@@ -74,7 +74,7 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
     deltas = [by_expert[which] - base.tensor for which in names]
     told = [method.expert_parameters.get(which, {}) for which in names]
     weights = [
-        _broadcast(plan, name, delta, which) * float(own.get("weight", 1.0))
+        coefficient_of(name, delta, plan.owners[name], plan.found, which) * float(own.get("weight", 1.0))
         for delta, which, own in zip(deltas, names, told, strict=True)
     ]
     densities = [float(own.get("density", 1.0)) for own in told]
@@ -86,15 +86,6 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
         normalize=bool(method.parameters.get("normalize", False)),
     )
     return merged
-
-
-def _broadcast(plan: Plan, name: str, delta: torch.Tensor, expert: str) -> torch.Tensor:
-    """An expert's coefficients of a tensor, in a shape that multiplies it."""
-    dim, values = tensor_coefficient(name, tuple(delta.shape), plan.owners[name], plan.found, expert)
-    shape = [1] * delta.dim()
-    if dim is not None:
-        shape[dim] = -1
-    return torch.from_numpy(values.copy()).to(delta.device).reshape(shape)
 
 
 register(
