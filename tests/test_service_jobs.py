@@ -16,10 +16,13 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from mechmerge.artifacts import write_json
 from mechmerge.cli.main import cli
 from mechmerge.models.references import Model
 from mechmerge.pipeline.run import run_pipeline
 from mechmerge.service.client import Client, bundle
+from mechmerge.service.supervisor import read_outcome
+from mechmerge.service.worker import Outcome, outcome_file
 from tests.hub import Hub
 from tests.serving import ServerProcess, database, light_files, postgres, stored_job, submission, write_light  # noqa: F401
 from tests.test_pipeline import content
@@ -317,3 +320,13 @@ def test_a_job_whose_worker_cannot_be_started_is_given_up(tmp_path: Path) -> Non
             assert time.monotonic() < until
             time.sleep(0.05)
         assert found.error is not None
+
+
+def test_a_damaged_outcome_is_a_death(tmp_path: Path) -> None:
+    """It must not stop the server's other jobs, whatever wrote into it."""
+    assert read_outcome(tmp_path, 1) is None
+    for damaged in ("", "{", '{"state": "won"}', "ÿ: not JSON"):
+        outcome_file(tmp_path, 1).write_text(damaged)
+        assert read_outcome(tmp_path, 1) is None
+    write_json(outcome_file(tmp_path, 1), Outcome(state="done"))
+    assert read_outcome(tmp_path, 1) == Outcome(state="done")

@@ -24,6 +24,7 @@ from typing import Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from mechmerge.artifacts import read_document
+from mechmerge.errors import MechmergeError
 from mechmerge.service.log import write_event
 from mechmerge.service.metrics import Metrics
 from mechmerge.service.problems import Problem
@@ -321,9 +322,13 @@ def machine() -> str:
 
 
 def read_outcome(folder: Path, attempt: int) -> Outcome | None:
-    """How an attempt ended; None where it died."""
+    """How an attempt ended; None where it died, which a file that cannot be read is as good as."""
     path = outcome_file(folder, attempt)
-    return read_document(Outcome, path) if path.is_file() else None
+    try:
+        return read_document(Outcome, path) if path.is_file() else None
+    except MechmergeError as error:
+        LOG.error("%s", error)
+        return None
 
 
 def folder_size(folder: Path) -> int:
