@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import numpy as np
@@ -89,8 +89,8 @@ def draw(rng: np.random.Generator, setting: Setting, rates: tuple[Any, ...]) -> 
         left = max(0.0, 1 - rho - pair - own)
         level = np.sqrt(rho) * common + np.sqrt(pair) * unit + np.sqrt(own) * mine + np.sqrt(left) * noise
         passed = level < norm.ppf(rate)
-        over = "min" if setting.kind == "min" else "mean"
-        made.append(Column(passed.astype(float).ravel().tolist(), clusters, groups, over))  # type: ignore[arg-type]
+        over: Literal["min", "mean"] = "min" if setting.kind == "min" else "mean"
+        made.append(Column(passed.astype(float).ravel().tolist(), clusters, groups, over))
     return made
 
 

@@ -129,7 +129,9 @@ def train(
             off = masks(layout, bench.checkpoint.shapes, dropped)
             for name in mask:
                 kept = mask[name] & ~off[name] if name in off else mask[name]
-                bench.parameters[name].grad.mul_(kept)  # type: ignore[union-attr]
+                gradient = bench.parameters[name].grad
+                assert gradient is not None
+                gradient.mul_(kept)
             torch.nn.utils.clip_grad_norm_(moving, 1.0)
             optimizer.step()
             optimizer.zero_grad()

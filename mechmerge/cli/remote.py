@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from mechmerge.errors import MissingError
 if TYPE_CHECKING:
     from mechmerge.service.client import Client
 
+PACKAGES = ("alembic", "fastapi", "httpx", "jinja2", "prometheus_client", "python_multipart", "sqlalchemy", "uvicorn")
+"""Of the extra `service`, by the names that are imported."""
 TOKEN = "MECHMERGE_TOKEN"  # noqa: S105 - the variable's name
 
 
@@ -24,14 +27,8 @@ def need_service() -> None:
         MissingError: it is not installed.
     """
     try:
-        import alembic  # noqa: F401
-        import fastapi  # noqa: F401
-        import httpx  # noqa: F401
-        import jinja2  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import sqlalchemy  # noqa: F401
-        import uvicorn  # noqa: F401
+        for package in PACKAGES:
+            importlib.import_module(package)
     except ImportError as error:
         raise MissingError(
             f"package {error.name}", expected="the service's packages", found="none", fix="pip install 'mechmerge[service]'"
