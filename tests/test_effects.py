@@ -141,5 +141,15 @@ def test_wrong_usage(base: Model, expert: Model, measured: Path, tmp_path: Path)
     file = read_effects(measured)
     with pytest.raises(SchemaError, match="float32"):
         EffectFile(file.metadata, {"head.effect": np.zeros((1, 2, 3, 4), np.float32)}).write(tmp_path / "e.safetensors")
+    short = {name: array for name, array in file.arrays.items() if name != "neuron.effect"}
+    with pytest.raises(SchemaError, match=r"expected neuron\.effect of neuron"):
+        EffectFile(file.metadata, short).write(tmp_path / "e.safetensors")
+    with pytest.raises(SchemaError, match=r"expected kv.effect of kv.half's \[layers, units\]"):
+        EffectFile(file.metadata, file.arrays | {"kv.half": file.arrays["kv.half"][..., :1]}).write(tmp_path / "e.safetensors")
+    shallow = {name: array[..., :1, :] if name.startswith("head.") else array for name, array in file.arrays.items()}
+    with pytest.raises(SchemaError, match="expected one number of layers; found 1, "):
+        EffectFile(file.metadata, shallow).write(tmp_path / "e.safetensors")
+    with pytest.raises(SchemaError, match="parameters of one unit of head, kv, neuron"):
+        EffectFile(file.metadata.model_copy(update={"parameters": {"head": 3}}), file.arrays).write(tmp_path / "e.safetensors")
     with pytest.raises(SchemaError, match="finite effects"):
         EffectFile(file.metadata, {"head.effect": np.full((2, 2, 3, 4), np.nan, np.float32)}).write(tmp_path / "e.safetensors")

@@ -203,6 +203,15 @@ def test_recipes_of_other_sizes_cannot_be_compared() -> None:
         explain.difference_rows({"first": (one, other)})
 
 
+def test_other_sizes_are_told_beside_what_differs(tmp_path: Path) -> None:
+    for name, width in (("a", 48), ("b", 7)):
+        masks = {f"first.{kind}": np.ones((LAYERS, UNITS[kind]), np.float32) for kind in UNIT_KINDS}
+        write_recipe(tmp_path / f"{name}.yaml", by_hand(), masks | {"first.neuron": np.ones((LAYERS, width), np.float32)})
+    said = tables("diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert {"field": "neurons, by layer", "A": "3 layers × 48", "B": "3 layers × 7"} in said["what differs"]
+    assert "components" not in said
+
+
 def test_files_of_one_expert_are_compared_with_rules(tmp_path: Path) -> None:
     """A recipe of masks against one of rules: the masks' sizes serve both."""
     score_file(1).write(tmp_path / "scores.safetensors")

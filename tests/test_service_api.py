@@ -433,6 +433,19 @@ def test_a_stream_ends_with_its_token(path: str, by: str, api: Served) -> None:
         assert client.get("/api/me").status_code == 401
 
 
+@pytest.mark.parametrize("path", ["/api/jobs/{id}/events", "/live"])
+def test_a_stream_ends_with_its_session(path: str, api: Served) -> None:
+    job = stored_job(api.service, "running")
+    with api.client() as client, api.client() as other:
+        csrf = client.post("/api/session", json={"token": api.tokens["read"]}).json()["csrf"]
+        other.cookies.set("mechmerge_session", client.cookies["mechmerge_session"])
+        with client.stream("GET", path.format(id=job.id)) as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "retry: 2000"
+            assert other.delete("/api/session", headers={"X-CSRF-Token": csrf}).status_code == 204
+            assert not any(line.startswith("event: end") for line in lines), "it ends, though the job goes on"
+
+
 # --------------------------------------------------------------------------------------------------------- the rest
 def test_submissions(api: Served) -> None:
     body = submission("good/base", "good/expert") | {"key": "my-own-key"}

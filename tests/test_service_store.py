@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, inspect
+from sqlalchemy import Engine, column, inspect, table
 
 from mechmerge.errors import InputError, MissingError
 from mechmerge.service.database import migrate, open_engine
@@ -60,6 +60,23 @@ def test_migrations_make_the_tables_of_the_models(engine: Engine) -> None:
         assert compare_metadata(context, Base.metadata) == []
     migrate(engine)  # once more: nothing to do
     assert set(inspect(engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_jobs_of_an_older_database_go_on(database: str) -> None:  # noqa: F811
+    engine = open_engine(database)
+    migrate(engine, "0001")
+    columns = {one["name"] for one in inspect(engine).get_columns("jobs")} - {"number"}
+    values = {"id": "0" * 16, "kind": "run", "title": "old", "owner_name": "ann", "priority": 5, "state": "queued",
+              "created": 1.0, "seconds": 0.0, "attempt": 0, "crashes": 0, "cancel_asked": False, "request": "{}"}  # fmt: skip
+    assert values.keys() <= columns
+    assert "interruptions" not in columns
+    jobs = table("jobs", *map(column, values))
+    with engine.begin() as connection:
+        connection.execute(jobs.insert(), values)
+    migrate(engine)
+    store = Store(engine)
+    assert store.requeue(claim_of(store.claim("one")), seconds=0.0, died="server", attempts=2) == "queued"
+    engine.dispose()
 
 
 def test_a_database_out_of_reach_is_one_line(tmp_path: Path) -> None:
@@ -233,7 +250,7 @@ def test_deaths_in_one_stage_are_counted_and_progress_forgives(store: Store) -> 
     put(store)
     for advanced, state in ((False, "queued"), (False, "queued"), (True, "queued"), (False, "queued"), (False, "failed")):
         claim = claim_of(store.claim("one"))
-        assert store.requeue(claim, seconds=0.0, crashed=True, advanced=advanced, attempts=3) == state
+        assert store.requeue(claim, seconds=0.0, died="worker", advanced=advanced, attempts=3) == state
     error = store.job(claim.id).error
     assert error is not None
     assert error.found == "that it was killed 3 times in it"
@@ -241,10 +258,23 @@ def test_deaths_in_one_stage_are_counted_and_progress_forgives(store: Store) -> 
     assert store.job(claim.id).error is None
 
 
-def test_an_interruption_is_no_death(store: Store) -> None:
+def test_a_stop_of_the_server_is_no_death(store: Store) -> None:
     put(store)
     for _ in range(5):
         assert store.requeue(claim_of(store.claim("one")), seconds=0.0, attempts=1) == "queued"
+
+
+def test_deaths_of_servers_are_counted_apart(store: Store) -> None:
+    put(store)
+    assert store.requeue(claim_of(store.claim("one")), seconds=0.0, died="worker", attempts=2) == "queued"
+    for advanced, state in ((False, "queued"), (True, "queued"), (False, "failed")):
+        claim = claim_of(store.claim("one"))
+        assert store.requeue(claim, seconds=0.0, died="server", advanced=advanced, attempts=2) == state
+    error = store.job(claim.id).error
+    assert error is not None
+    assert (error.where, error.found) == ("server", "that it was killed 2 times in it")
+    assert store.resume(claim.id, 10).state == "queued"
+    assert store.requeue(claim_of(store.claim("one")), seconds=0.0, died="server", attempts=2) == "queued"
 
 
 # ------------------------------------------------------------------------------------------------------ cancel and delete
@@ -269,8 +299,21 @@ def test_publications_hang_on_their_run(store: Store) -> None:
     with pytest.raises(ServiceError, match=f"job {publication.id}: expected a job that has ended; found queued"):
         store.delete(run.id)
     store.finish(claim_of(store.claim("one")), "failed", seconds=0.0, error=Problem(where="the Hub"))
-    assert set(store.delete(run.id)) == {run.id, publication.id}
+    assert set(store.delete(run.id, run.user)) == {run.id, publication.id}
     assert store.jobs() == ([], None)
+
+
+def test_what_others_published_is_not_deleted_with_a_run(store: Store) -> None:
+    run = put(store, "ann")
+    store.finish(claim_of(store.claim("one")), "done", seconds=0.0)
+    publication = put(store, "bob", parent=run.id)
+    store.finish(claim_of(store.claim("one")), "done", seconds=0.0)
+    with pytest.raises(
+        ServiceError, match=f"job {publication.id}: expected nothing but what ann sent; found a publication of bob"
+    ):
+        store.delete(run.id, "ann")
+    assert len(store.jobs()[0]) == 2
+    assert set(store.delete(run.id)) == {run.id, publication.id}
 
 
 def test_pages_of_jobs(store: Store) -> None:

@@ -27,6 +27,7 @@ def diff(one: str, other: str, output: str) -> None:
     from mechmerge.recipe.explain import (
         difference_rows,
         differing_fields,
+        differing_sizes,
         mask_shapes,
         predicted_difference,
         resolved,
@@ -38,7 +39,9 @@ def diff(one: str, other: str, output: str) -> None:
     tables: dict[str, list[dict[str, Any]]] = {"what differs": differing_fields(a, b)}
     if all(recipe.mergekit is None or recipe.mergekit.within for recipe in (a, b)):
         shapes = mask_shapes(b_masks) | mask_shapes(a_masks)
-        if set(UNIT_KINDS) <= shapes.keys():
+        if sizes := differing_sizes(a_masks, b_masks):
+            tables["what differs"] += sizes
+        elif set(UNIT_KINDS) <= shapes.keys():
             first, second = (resolved(recipe, masks, shapes) for recipe, masks in ((a, a_masks), (b, b_masks)))
             shared = {name: (first, second) for name in a.experts if name in b.experts}
             tables["components"] = difference_rows(shared)

@@ -21,7 +21,7 @@ from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
 from mechmerge.localize.scores import AnchorRecord
 from mechmerge.localize.settings import ScoreSource
-from mechmerge.models.components import LEAF_KINDS, OUTSIDE
+from mechmerge.models.components import LEAF_KINDS, OUTSIDE, UNIT_KINDS
 from mechmerge.models.references import ModelId
 
 Array = np.ndarray
@@ -239,3 +239,13 @@ def _check(arrays: dict[str, Array], metadata: EffectMetadata, where: str) -> No
             )
         if not np.isfinite(array).all():
             raise SchemaError(f"{where}: {name}", expected="finite effects", found="NaN or an infinite one")
+        effect = arrays.get(f"{kind}.effect")
+        if effect is None or effect.shape[-2:] != array.shape[-2:]:
+            found = "none" if effect is None else str(list(effect.shape))
+            raise SchemaError(where, expected=f"{kind}.effect of {name}'s [layers, units]", found=found)
+    depths = {array.shape[-2] for name, array in arrays.items() if name.rpartition(".")[0] in LEAF_KINDS}
+    if len(depths) > 1:
+        raise SchemaError(where, expected="one number of layers", found=", ".join(map(str, sorted(depths))))
+    if metadata.parameters.keys() != set(UNIT_KINDS) or min(metadata.parameters.values()) < 1:
+        expected = f"parameters of one unit of {', '.join(UNIT_KINDS)}"
+        raise SchemaError(where, expected=expected, found=str(metadata.parameters))

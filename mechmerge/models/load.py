@@ -75,7 +75,19 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    return model.to(device).eval().requires_grad_(False)
+    return _with_compact_head(model.to(device).eval().requires_grad_(False))
+
+
+def _with_compact_head(model: Any) -> Any:
+    """Lets the head copy what is cut out of a batch before it multiplies.
+
+    With `logits_to_keep` transformers hand it a slice of [rows, tokens, width] that is not contiguous, and torch then copies
+    the head's weight for every row (measured on SmolLM2, 32 prompts of 60 tokens, bfloat16: 2 s in the place of .01 s).
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _module, inputs: tuple(value.contiguous() for value in inputs))
+    return model
 
 
 def empty_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
@@ -111,7 +123,7 @@ def empty_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> An
     for name, old in named:
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, empty[id(old)])
-    return model.to(device).eval()
+    return _with_compact_head(model.to(device).eval())
 
 
 def _check_device(device: str) -> None:

@@ -270,6 +270,18 @@ def differing_fields(one: Recipe, other: Recipe) -> Rows:
     return rows
 
 
+def differing_sizes(one: Masks, other: Masks) -> Rows:
+    """One row for each kind of which the models of two recipes have other numbers: their components have no common names."""
+    a, b = mask_shapes(one), mask_shapes(other)
+    kinds = [kind for kind in UNIT_KINDS if kind in a and kind in b and a[kind] != b[kind]]
+    return [{"field": f"{NAMES[kind]}, by layer", "A": _times(a[kind]), "B": _times(b[kind])} for kind in kinds]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    layers, units = shape
+    return f"{layers} layers × {units}"
+
+
 def difference_rows(experts: Mapping[str, tuple[Coefficients, Coefficients]]) -> Rows:
     """One row for each expert of both recipes and kind: how many components differ, and how.
 

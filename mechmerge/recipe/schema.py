@@ -95,6 +95,10 @@ class Source(Document):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+UNWEIGHTED = ("sce", "model_stock")
+"""Methods of mergekit that find every expert's weight themselves."""
+
+
 class MergekitMethod(Document):
     """A baseline: a merge method of mergekit, by its name there."""
 
@@ -111,7 +115,7 @@ class MergekitMethod(Document):
     @property
     def weighted(self) -> bool:
         """Whether the method takes a weight for every expert."""
-        return self.method not in ("sce", "model_stock")
+        return self.method not in UNWEIGHTED
 
 
 class Recipe(Document):

@@ -65,6 +65,10 @@ class Settings(Document):
     """Jobs of one user that run at once; 0: as many as there are slots."""
     attempts: int = Field(default=5, ge=1)
     """Times that a worker may die in one stage before its job is given up."""
+    interruptions: int = Field(default=20, ge=1)
+    """Times that a server may die in one stage of a job before it is given up: what brings the server down must not do so for
+    ever, and one that is killed by the machine's owner must not lose jobs.
+    """
     body: int = Field(default=16_000_000, ge=1000)
     """Bytes of a request."""
 

@@ -218,6 +218,7 @@ class Store:
                 seconds=0.0,
                 attempt=0,
                 crashes=0,
+                interruptions=0,
                 cancel=False,
                 request=dict(new.request),
             )
@@ -299,16 +300,22 @@ class Store:
         return self._change(claim, values)
 
     def requeue(
-        self, claim: Claim, *, seconds: float, crashed: bool = False, advanced: bool = False, attempts: int = 1
+        self,
+        claim: Claim,
+        *,
+        seconds: float,
+        died: Literal["worker", "server"] | None = None,
+        advanced: bool = False,
+        attempts: int = 1,
     ) -> State | None:
         """Puts a job whose worker is gone back into the queue, at its old place, or ends it where that is of no use.
 
         Args:
             claim: the job.
             seconds: working time of this attempt.
-            crashed: whether the worker died by itself.
+            died: what was killed by something else than us; None: the server stopped as it was told to.
             advanced: whether it finished a stage before, so that earlier deaths no longer count.
-            attempts: deaths in one stage with which the job is given up.
+            attempts: deaths of that kind in one stage with which the job is given up.
 
         Returns:
             Its state now: `queued`, `cancelled` where that was asked for, or `failed`; None where the claim no longer holds.
@@ -317,17 +324,21 @@ class Store:
             row = session.scalar(select(JobRow).where(JobRow.id == claim.id).with_for_update())
             if row is None or (row.id, row.server, row.attempt, row.state) != (*claim, "running"):
                 return None
-            row.crashes = (0 if advanced else row.crashes) + crashed
+            if advanced:
+                row.crashes = row.interruptions = 0
+            row.crashes += died == "worker"
+            row.interruptions += died == "server"
+            deaths = {"worker": row.crashes, "server": row.interruptions}.get(died or "", 0)
             row.seconds += seconds
             row.state, row.server, row.lease = "queued", None, None
             if row.cancel:
                 row.state, row.ended, row.cancel = "cancelled", self.clock(), False
-            elif crashed and row.crashes >= attempts:
+            elif died and deaths >= attempts:
                 row.state, row.ended = "failed", self.clock()
                 row.error = Problem(
-                    where="worker",
+                    where=died,
                     expected="the stage to end",
-                    found=f"that it was killed {row.crashes} times in it",
+                    found=f"that it was killed {deaths} times in it",
                     fix="look at the log, and at what the machine says of memory; then resume the job",
                 ).model_dump()
             return _view(row).state
@@ -384,19 +395,32 @@ class Store:
                     429, f"jobs of {row.user}", expected=f"at most {quota} queued or running", found=str(pending),
                     headers={"Retry-After": "60"},
                 )  # fmt: skip
-            row.state, row.ended, row.error, row.crashes, row.seconds = "queued", None, None, 0, 0.0
+            row.state, row.ended, row.error, row.seconds = "queued", None, None, 0.0
+            row.crashes = row.interruptions = 0
             return _view(row)
 
-    def delete(self, id: str) -> list[str]:
+    def delete(self, id: str, user: str | None = None) -> list[str]:
         """Removes an ended job and its publications; returns their names.
 
+        Args:
+            id: the job.
+            user: who asks; records of what others published are not removed (None: for an administrator).
+
         Raises:
-            ServiceError: it, or a publication of it, has not ended (409).
+            ServiceError: it, or a publication of it, has not ended (409), or is somebody else's (403).
         """
         with writing(self.engine) as session:
             row = _row(session, id, lock=True)
             children = session.scalars(select(JobRow).where(JobRow.parent == id).with_for_update()).all()
             for one in (row, *children):
+                if user is not None and one.user != user:
+                    raise ServiceError(
+                        403,
+                        f"job {one.id}",
+                        expected=f"nothing but what {user} sent",
+                        found=f"{'a publication' if one.parent else 'a job'} of {one.user}",
+                        fix="ask an administrator to delete it",
+                    )
                 if one.state not in ENDED:
                     raise ServiceError(
                         409, f"job {one.id}", expected="a job that has ended", found=one.state, fix="cancel it first"

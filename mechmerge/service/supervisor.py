@@ -134,7 +134,7 @@ class Supervisor:
             except OSError:  # no process, or no folder: not for ever
                 LOG.exception("job %s: its worker cannot be started", job.id)
                 claim = Claim(job.id, self.name, job.attempt)
-                self.store.requeue(claim, seconds=0.0, crashed=True, attempts=self.settings.attempts)
+                self.store.requeue(claim, seconds=0.0, died="worker", attempts=self.settings.attempts)
                 break
 
     def has_space(self) -> bool:
@@ -253,7 +253,7 @@ class Supervisor:
             return outcome.state if held else None
         advanced = _stamps(self.settings.jobs / (worker.job.parent or worker.job.id) / "run") != worker.stamps
         now = self.store.requeue(
-            worker.claim, seconds=worker.seconds, crashed=True, advanced=advanced, attempts=self.settings.attempts
+            worker.claim, seconds=worker.seconds, died="worker", advanced=advanced, attempts=self.settings.attempts
         )
         if now is not None:
             code = worker.process.returncode
@@ -300,7 +300,12 @@ class Supervisor:
                 state: str | None = outcome.state
                 self.store.finish(claim, outcome.state, seconds=0.0, result=outcome.result, error=outcome.error)
             else:
-                state = self.store.requeue(claim, seconds=0.0)
+                job = self.store.job(claim.id)
+                stamps = _stamps(self.settings.jobs / (job.parent or job.id) / "run")
+                advanced = any(stamp / 1e9 > (job.started or 0.0) for stamp in stamps.values())
+                state = self.store.requeue(
+                    claim, seconds=0.0, died="server", advanced=advanced, attempts=self.settings.interruptions
+                )
                 write_event(folder / "log.jsonl", claim.attempt, "note", "the server was interrupted")
             if state is not None:
                 write_event(folder / "log.jsonl", claim.attempt, "state", state)

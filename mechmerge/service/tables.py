@@ -54,6 +54,8 @@ class JobRow(Base):
     """Workers that have taken it up."""
     crashes: Mapped[int] = mapped_column(Integer, default=0)
     """Workers that died since the last stage was finished."""
+    interruptions: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Servers that died since then while they ran it."""
     cancel: Mapped[bool] = mapped_column("cancel_asked", Boolean, default=False)
     request: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     """What a publication was asked for."""

@@ -59,6 +59,8 @@ class Identity(NamedTuple):
     """Of a session: what must come with every request that changes something."""
     token: str | None = None
     """The token's id."""
+    session: str | None = None
+    """Digest of the cookie's value, where it came with one."""
 
     def may(self, role: Role) -> bool:
         """Whether this role is held, or one above it."""
@@ -149,10 +151,13 @@ class Tokens:
         return found
 
     def holds(self, identity: Identity) -> bool:
-        """Whether the token that somebody was identified by is still valid."""
+        """Whether the token, and the session, that somebody was identified by are still valid."""
         with reading(self.engine) as session:
             row = None if identity.token is None else session.get(TokenRow, identity.token)
-            return row is not None and self._is_valid(row)
+            if row is None or not self._is_valid(row):
+                return False
+            opened = None if identity.session is None else session.get(SessionRow, identity.session)
+            return identity.session is None or (opened is not None and opened.expires >= self.clock())
 
     # ------------------------------------------------------------------------------------------------------------ sessions
     def open_session(self, text: str) -> tuple[Identity, str] | None:
@@ -174,7 +179,7 @@ class Tokens:
             if row is None or row.expires < self.clock():
                 return None
             token = _token(session, row)
-            return Identity(token.user, _role(token), row.csrf, token.id) if self._is_valid(token) else None
+            return Identity(token.user, _role(token), row.csrf, token.id, row.digest) if self._is_valid(token) else None
 
     def close_session(self, value: str) -> None:
         """Ends a session."""

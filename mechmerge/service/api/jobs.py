@@ -149,9 +149,9 @@ def resume(id: Id, identity: Runner, service: The) -> JobView:
 
 @router.delete("/{id}", status_code=204, responses=answers(401, 404, 409))
 def delete(id: Id, identity: Runner, service: The) -> None:
-    """Delete an ended job, its publications' records, and all its files."""
+    """Delete an ended job, its publications' records, and all its files; where others published it, an administrator does."""
     require_own(identity, service.store.job(id).user, f"job {id}")
-    for gone in service.store.delete(id):
+    for gone in service.store.delete(id, None if identity.may("admin") else identity.user):
         folder = service.folder(gone)
         if folder.exists():
             # First out of sight, at once: what is interrupted from here on is finished when a server starts.

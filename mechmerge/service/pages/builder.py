@@ -35,7 +35,7 @@ from mechmerge.service.pages.jobs import heading
 from mechmerge.service.pages.reading import results_of, sources_of
 from mechmerge.service.pages.render import render
 from mechmerge.service.pages.route import page_router
-from mechmerge.service.pages.settings import SETTINGS, read_settings
+from mechmerge.service.pages.settings import SETTINGS, STRENGTHENED, read_settings
 from mechmerge.service.problems import problem_of
 from mechmerge.service.service import Service
 
@@ -206,6 +206,7 @@ def builder(request: Request, id: Id, identity: Reader, service: The) -> Respons
         policies=policies,
         wanted=wanted,
         settings=SETTINGS,
+        strengthened=STRENGTHENED,
         values={setting.name: setting.default for setting in SETTINGS} | wanted.parameters,
         likes=list(masked(service, id)),
         others=OTHERS,

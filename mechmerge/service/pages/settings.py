@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from mechmerge.errors import InputError
 from mechmerge.pipeline.schema import PARAMETERS
-from mechmerge.recipe.compile import CHOICES, OF_BASELINES
+from mechmerge.recipe.compile import BASELINES, CHOICES, OF_BASELINES, POLICIES
+from mechmerge.recipe.schema import UNWEIGHTED
 
 
 class Setting(NamedTuple):
@@ -64,6 +65,8 @@ SETTINGS = (
 )
 FAMILIES = {("conflict", "weight"), ("solve", "limit")}
 """Settings with one value a behaviour, `weight.NAME` and `limit.NAME`."""
+STRENGTHENED = tuple(policy for policy in POLICIES if BASELINES.get(policy) not in UNWEIGHTED)
+"""Policies whose experts take a strength, `strength.NAME`."""
 
 
 def is_family(policy: str, name: str) -> bool:
@@ -91,7 +94,7 @@ def read_settings(policy: str, fields: Mapping[str, str]) -> dict[str, Any]:
         else:
             found[name] = {"slider": number(name, given) if setting.kind == "slider" else 0, "choice": given,
                            "flag": given == "yes"}[setting.kind]  # fmt: skip
-    return found | _family("strength", fields, neutral=1.0)
+    return found | (_family("strength", fields, neutral=1.0) if policy in STRENGTHENED else {})
 
 
 def _family(name: str, fields: Mapping[str, str], neutral: float | None) -> dict[str, float]:
