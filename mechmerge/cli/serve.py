@@ -42,7 +42,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
               help="Working hours after which a job is ended.")  # fmt: skip
 @click.option("--memory", callback=_size, metavar="SIZE", help="Memory of a job, such as 16GB (default: no limit).")
 @click.option("--disk", callback=_size, metavar="SIZE",
-              help="Size of a job's folder, such as 100GB, without the shared cache of models (default: no limit).")  # fmt: skip
+              help="Size of a job's folder, such as 100GB, the shared cache not counted (default: no limit).")  # fmt: skip
 @click.option("--free-disk", callback=_size, metavar="SIZE", default="1GB", show_default=True,
               help="What must be free on the disk before a job is taken.")  # fmt: skip
 @click.option("--allow-folder", "folders", multiple=True, type=click.Path(path_type=Path, file_okay=False, exists=True),
