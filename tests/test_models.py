@@ -16,7 +16,7 @@ from mechmerge.errors import CheckpointError, InputError, MechmergeError, Missin
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
-from mechmerge.models.load import load_model, load_tokenizer
+from mechmerge.models.load import empty_model, load_model, load_tokenizer
 from mechmerge.models.pair import align, check_pair, token_ids
 from mechmerge.models.references import Model, find, resolve
 from tests.tiny import tiny_adapter, tiny_expert, tiny_model
@@ -364,3 +364,18 @@ def test_side_files_are_those_of_the_source(base: Model, tmp_path: Path) -> None
 def test_an_expert_differs_everywhere(base: Model, tmp_path: Path) -> None:
     one, other = base.checkpoint(), Checkpoint(tiny_expert(base.path, tmp_path / "e", seed=9))
     assert all(not torch.equal(one.tensor(name), tensor) for name, tensor in other.tensors())
+
+
+@pytest.mark.parametrize("make", [load_model, empty_model])
+def test_the_head_is_handed_contiguous_states(base: Model, make: Callable[[Path], Any]) -> None:
+    """torch copies the head's weight for every row of a slice that is not contiguous."""
+    model = make(base.path)
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    ids = torch.arange(3 * 8).reshape(3, 8)
+    with torch.no_grad():
+        kept = model(input_ids=ids, logits_to_keep=2).logits
+        whole = model(input_ids=ids).logits
+    assert seen[0].shape[:2] == (3, 2)
+    assert all(states.is_contiguous() for states in seen)
+    torch.testing.assert_close(kept, whole[:, -2:], equal_nan=True)

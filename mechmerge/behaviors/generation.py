@@ -16,9 +16,8 @@ premise is checked at every near tie, and broken, it is an error.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechmerge.errors import InputError
@@ -166,7 +165,7 @@ class Decoder:
 
         if not rows:
             return []
-        with torch.inference_mode(), _contiguous_head(self.model):
+        with torch.inference_mode():
             made = self._greedy(rows)
         texts = self.tokenizer.batch_decode(
             [ids for ids, _ in made], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -291,13 +290,3 @@ def check_lengths(lengths: Sequence[int], limit: int, context: int | None, names
                 found=f"{length + limit} ({length} of the prompt, {limit} of the answer)",
                 fix="shorten it, or lower answer_tokens",
             )
-
-
-@contextlib.contextmanager
-def _contiguous_head(model: Any) -> Iterator[None]:
-    """Hands the output matrix contiguous states: for a slice PyTorch's CPU kernel copies the whole matrix once a row."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
-    try:
-        yield
-    finally:
-        hook.remove()
