@@ -115,7 +115,7 @@ def test_the_bootstrap_cosine_tells_how_near_the_true_vector_is(cosine: float) -
 
 
 def judged(states: States) -> AnchorRecord:
-    return judge(states, 5, *halves([str(i) for i in range(states.expert_with.shape[1])]), None, SEED)[1]
+    return judge(states, 5, *halves([str(i) for i in range(states.expert_with.shape[1])]), None, SEED)
 
 
 def test_a_clear_anchor_is_stable_and_valid() -> None:

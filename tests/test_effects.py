@@ -11,7 +11,7 @@ import torch
 
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import InputError, LocalizeError, SchemaError
-from mechmerge.localize import calibration
+from mechmerge.localize.bench import Bench
 from mechmerge.localize.calibration import BehaviorRow
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile, read_effects
 from mechmerge.localize.effects import EffectSettings, measure_effects
@@ -106,15 +106,15 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
     measured: Path, base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, calls = tmp_path / "effects.safetensors", []
-    loss = calibration.Calibration._loss
+    loss = Bench.answer_losses
 
-    def stops(self: calibration.Calibration, *batch: Any) -> torch.Tensor:
+    def stops(self: Bench, *batch: Any) -> torch.Tensor:
         calls.append(batch)
         if len(calls) == 30:
             raise KeyboardInterrupt
         return loss(self, *batch)
 
-    monkeypatch.setattr(calibration.Calibration, "_loss", stops)
+    monkeypatch.setattr(Bench, "answer_losses", stops)
     with pytest.raises(KeyboardInterrupt):
         measure_effects(base, {"a": expert, "b": second_expert}, rows(), out, SETTINGS)
     assert not out.exists()

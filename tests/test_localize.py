@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mechmerge.artifacts import Units
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
 from mechmerge.errors import LocalizeError, PairError
 from mechmerge.localize import anchoring
@@ -160,8 +161,7 @@ def test_a_gap_that_is_not_above_zero_gives_raw_differences(
     judge = anchoring.judge
 
     def closed(*arguments, **keywords):  # type: ignore[no-untyped-def]
-        vector, record = judge(*arguments, **keywords)
-        return vector, record.model_copy(update={"gap_low": -1.0, "valid": False, "reasons": ("no gap",)})
+        return judge(*arguments, **keywords).model_copy(update={"gap_low": -1.0, "valid": False, "reasons": ("no gap",)})
 
     monkeypatch.setattr(anchoring, "judge", closed)
     (path,) = localize(base, near, [behavior()], tmp_path / "out", SETTINGS)
@@ -201,6 +201,29 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
     assert (before, calls) == (4, 4 + 2 * 2 * 4 - 3)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in whole]
     assert not (tmp_path / "cut" / ".units").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_units_that_are_removed_in_part_are_made_again(
+    kept: int, base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call can be killed while it removes its units: no unit may rely on another."""
+    asked = [behavior(verifier=Verifier(name="change_case:english_capital"))]
+    (whole,) = localize(base, expert, asked, tmp_path / "whole", SETTINGS)
+
+    def stops(units: Units) -> None:
+        files = sorted(path for path in units.folder.rglob("*") if path.is_file())
+        assert len(files) > 8
+        for path in files[kept::2]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Units, "discard", stops)
+        with pytest.raises(KeyboardInterrupt):
+            localize(base, expert, asked, tmp_path / "cut", SETTINGS)
+    (again,) = localize(base, expert, asked, tmp_path / "cut", SETTINGS)
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_broken_score_files_are_refused(measured: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mechmerge.behaviors.schema import Behavior, Pair
 from mechmerge.errors import InputError, LocalizeError, SchemaError
+from mechmerge.localize.bench import Bench
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
 from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.rounds_file import RoundsFile, read_rounds
@@ -119,15 +120,15 @@ def test_points_set_the_weights_that_the_formula_says(base: Model, expert: Model
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(
     settled: Path, base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss, calls = Calibration._loss, []
+    loss, calls = Bench.answer_losses, []
 
-    def stops(self: Calibration, *batch: Any) -> object:
+    def stops(self: Bench, *batch: Any) -> object:
         calls.append(1)
         if len(calls) == 12:
             raise KeyboardInterrupt
         return loss(self, *batch)
 
-    monkeypatch.setattr(Calibration, "_loss", stops)
+    monkeypatch.setattr(Bench, "answer_losses", stops)
     out = tmp_path / "rounds.safetensors"
     with pytest.raises(KeyboardInterrupt):
         settle(base, {"a": expert, "b": second_expert}, rows(), out, SETTINGS)

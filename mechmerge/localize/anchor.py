@@ -67,6 +67,12 @@ def direction(states: States, layer: int, prompts: Sequence[int]) -> Array:
     return difference
 
 
+def normalised(v: Array) -> Array:
+    """A vector at length 1."""
+    unit: Array = v / max(float(np.linalg.norm(v)), 1e-12)
+    return unit
+
+
 def separation(positive: Array, negative: Array) -> float:
     """Area under the ROC curve: the chance that a value of `positive` is above one of `negative` (ties count half)."""
     comparison = np.sign(positive[:, None] - negative[None, :])
@@ -153,8 +159,7 @@ def best_layers(states: States, prompts: Sequence[int], topics: Sequence[str] | 
     def merit(layer: int) -> tuple[bool, float]:
         gaps, areas = [], []
         for made, judged in (folds, folds[::-1]):
-            v = direction(states, layer, made)
-            v = v / max(float(np.linalg.norm(v)), 1e-12)
+            v = normalised(direction(states, layer, made))
             gaps.append((states.expert_with[layer, judged] - states.base_with[layer, judged]) @ v)
             areas.append(separation(states.expert_with[layer, judged] @ v, states.expert_without[layer, judged] @ v))
         gap = np.concatenate(gaps)
@@ -173,8 +178,8 @@ def judge(
     rates: tuple[float, float] | None,
     seed: int,
     topics: Sequence[str] | None = None,
-) -> tuple[Array, AnchorRecord]:
-    """The unit anchor vector [D] at a layer and its validity figures.
+) -> AnchorRecord:
+    """An anchor's validity figures.
 
     Args:
         states: residual streams of all prompts.
@@ -185,8 +190,7 @@ def judge(
         seed: of the bootstraps.
         topics: the topic of every prompt of `states`; each prompt is its own where None.
     """
-    v = direction(states, layer, made)
-    unit = v / max(float(np.linalg.norm(v)), 1e-12)
+    unit = normalised(direction(states, layer, made))
     expert = states.expert_with[layer, held_out] @ unit
     area = separation(expert, states.expert_without[layer, held_out] @ unit)
     gaps = expert - states.base_with[layer, held_out] @ unit
@@ -204,7 +208,7 @@ def judge(
         reasons.append(f"unstable: passes in {stable.held:.2f} of the resamples of its prompts < {MIN_HELD}")
     if stable.cosine < MIN_COSINE:
         reasons.append(f"unstable: cosine {stable.cosine:.2f} < {MIN_COSINE} with the vectors of resampled prompts")
-    return unit, AnchorRecord(
+    return AnchorRecord(
         layer=layer,
         valid=not reasons,
         reasons=tuple(reasons),

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mechmerge.artifacts import Document, Units, read_arrays, write_arrays
+from mechmerge.artifacts import Document, Units, write_arrays
 from mechmerge.behaviors.chat import chat_template_of, render
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.errors import LocalizeError
-from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge
+from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, direction, halves, judge, normalised
 from mechmerge.localize.asked import ask
 from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.scores import AnchorRecord
@@ -118,25 +118,22 @@ class AnchorFinder:
         units = self.units(behavior)
         states = States(**units.arrays("states", dict))
         layer = self.settings.anchor_layer or int(units.json("layer", lambda: self._choose(behavior, states, made)))
-        file = units.folder / "anchor-file.safetensors"
+        v = direction(states, layer, made)
 
         def compute() -> dict[str, Any]:
             steer = self._steering(behavior, held_out)
-            v = direction(states, layer, made)
             rates = (
                 None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
             )
-            vector, record = judge(states, layer, made, held_out, rates, self.settings.seed, topics_of(behavior))
-            self.write(file, record, vector)
+            record = judge(states, layer, made, held_out, rates, self.settings.seed, topics_of(behavior))
             return record.model_dump(mode="json")
 
-        record = AnchorRecord.model_validate(units.json("anchor", compute))
-        return record, read_arrays(file, _Unit)[0]["vector"]
+        return AnchorRecord.model_validate(units.json("anchor", compute)), normalised(v).astype(np.float32)
 
     @staticmethod
     def write(path: Path, record: AnchorRecord, vector: Array) -> None:
         """Writes an anchor as a file of its own."""
-        write_arrays(path, {"vector": vector.astype(np.float32)}, _Unit(anchor=record))
+        write_arrays(path, {"vector": vector}, _Unit(anchor=record))
 
     def _choose(self, behavior: Behavior, states: States, made: list[int]) -> int:
         """The candidate whose steering raises the base's pass rate most (the deepest of equals), on the vector's own

@@ -127,6 +127,16 @@ class Bench:
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
 
+    def answer_losses(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood per answer token of each example, [B], in nats, from the residual stream after all
+        layers, [B, T, D]; batch and labels are those of `encode_answers`.
+        """
+        logits = self.answer_logits(batch, labels, residual)
+        per_token = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+        )
+        return per_token.view(labels.shape).sum(1) / (labels >= 0).sum(1)
+
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """Logits [B, K, vocabulary] of a residual stream after all layers, [B, K, D]: final norm and head alone."""
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)

@@ -299,15 +299,11 @@ class Calibration:
         told, batches = self.examples, self.batches(range(len(self.examples)))
         encoded = [self.bench.encode_answers([(told[i].prompt, told[i].answer) for i in batch]) for batch in batches]
         run = [batch for batch, _ in encoded]
-        return [Passes(self.checkpoint.arch.layers, batches, run, lambda i, residual: self._loss(*encoded[i], residual))]
-
-    def _loss(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-likelihood per answer token of each example, [n], from the residual stream after all layers."""
-        logits = self.bench.answer_logits(batch, labels, residual)
-        per_token = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-        )
-        return per_token.view(labels.shape).sum(1) / (labels >= 0).sum(1)
+        return [
+            Passes(
+                self.checkpoint.arch.layers, batches, run, lambda i, residual: self.bench.answer_losses(*encoded[i], residual)
+            )
+        ]
 
     def _deltas_of(self, name: str) -> list[torch.Tensor | None]:
         if name not in self._deltas:
