@@ -22,6 +22,8 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from mechmerge.artifacts import read_document
+from mechmerge.evaluate.record import Evaluation
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
@@ -346,7 +348,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
 def test_no_serious_barrier_anywhere(browser: Browser, every: Shown, pictures: Path, width: str, theme: str) -> None:
     pages = {part or "overview": every.address(part) for part in PARTS}
     pages |= {"list": every.served.url, "new": f"{every.served.url}/new?from={every.id}", "delete": every.address("delete")}
-    pages |= {"component": every.address("maps?component=L1.head.0"), "refused": every.address("gate?model=sum")}
+    evaluation = read_document(Evaluation, every.served.service.run(every.id) / "evaluation.json")
+    refused = next(name for name in ("sum", "task-arithmetic") if name in evaluation.models)
+    pages |= {"component": every.address("maps?component=L1.head.0"), "refused": every.address(f"gate?model={refused}")}
     for name, address in pages.items():
         with opened(browser, address, width, theme) as shown:
             page = shown.page

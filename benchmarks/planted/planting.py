@@ -69,7 +69,8 @@ def plant(testbed: Bed, plan: Plan, units: Units, seed: int) -> Expert:
     sizes = {kind: bench.checkpoint.arch.units(kind) for kind in plan.planted}
     planted = draw_planted(plan, sizes, draw)
     pool = draw_pool(plan, sizes, testbed.anchor_layer, planted, draw)
-    own = _kept(units, "planted", lambda: train(bench, planted, testbed.behavior, testbed.settings))
+    settings = plan.trained(testbed.settings)
+    own = _kept(units, "planted", lambda: train(bench, planted, testbed.behavior, settings))
     alone = installed(bench, [(planted, own.values)])
 
     def relays() -> list[str]:
@@ -90,7 +91,7 @@ def plant(testbed: Bed, plan: Plan, units: Units, seed: int) -> Expert:
 
     def distract() -> Trained:
         with holding(bench, alone):
-            return train(bench, distractors, testbed.distraction, replace(testbed.settings, dropped=0.0), own.norms)
+            return train(bench, distractors, testbed.distraction, replace(settings, dropped=0.0), own.norms)
 
     other = _kept(units, "distractors", distract)
     tensors = installed(bench, [(planted, own.values), (distractors, other.values)])

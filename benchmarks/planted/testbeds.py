@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.experts.data import in_format, whole_sentences
@@ -42,6 +42,12 @@ class Plan:
     """Distractors of each kind, relays included, for one that is planted."""
     pool: int | None = None
     """Unplanted components a layer and kind that are looked at, drawn by the seed; all by default."""
+    rate: float | None = None
+    """Largest learning rate, where it is not the testbed's: a neuron of a large model has few parameters to move."""
+
+    def trained(self, settings: Settings) -> Settings:
+        """How this plan's components are trained on a testbed with such settings."""
+        return settings if self.rate is None else replace(settings, rate=self.rate)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,6 @@ def smollm2(folder: Path, _quick: bool) -> Bed:
         score=pairs[1::2],
         truth=list(itertools.islice(obeying("capitals", "develop", said("develop")), 8)),
         settings=Settings(steps=60, batch=8, rate=1e-3, dropped=0.3, autocast=True),
-        plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 4}, depths, 12, pool=24)),
+        plans=(Plan("heads", {"head": 2}, depths, 6), Plan("neurons", {"neuron": 8}, depths, 12, pool=36, rate=5e-3)),
         pairs=2,
     )
