@@ -25,7 +25,7 @@ from mechmerge.localize.plan import free_memory, measure_rates
 from mechmerge.localize.scores import read_scores
 from mechmerge.localize.settings import LocalizeSettings
 from mechmerge.localize.stage import localize
-from mechmerge.localize.steering import _added
+from mechmerge.localize.steering import added
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.packed import kernels
 from mechmerge.models.references import Model
@@ -118,7 +118,7 @@ def test_batches_and_forward_passes_stay_on_the_device(base: Model) -> None:
     assert {batch.ids.device.type, batch.mask.device.type, batch.positions.device.type} == {"meta"}
     residual = bench.run(batch, 2)
     assert (residual.device.type, tuple(residual.shape)) == ("meta", (2, 3, 32))
-    with _added(bench, 1, torch.ones(32)):
+    with added(bench, 1, torch.ones(2, 32), lambda: [0, 1]):
         assert bench.run(batch, 3).device.type == "meta"
     answers, labels = bench.encode_answers([([5, 6], [7, 8, 9]), ([5], [6])])
     logits = bench.answer_logits(answers, labels)

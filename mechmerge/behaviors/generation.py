@@ -153,6 +153,8 @@ class Decoder:
         self.sampler, self.first = sampler, first
         self.told: Callable[[int, int], None] = lambda row, token: None
         """Told of every token of an answer as it is said, with its prompt's index; not of end tokens."""
+        self.now: list[int] = []
+        """The index of the prompt in each row of the batch that runs: rows close up as answers end."""
         self._states: Any = None
 
     def answers(self, rows: Sequence[int]) -> list[Answer]:
@@ -200,6 +202,7 @@ class Decoder:
             self._states = self._states or prefix_states(self.model, self.prompts[0][: self.shared])
             begin(cache, self._states, len(rows))
         for step in range(self.limit):
+            self.now = [rows[i] for i in place]
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask[:, :length],

@@ -20,7 +20,7 @@ from mechmerge.localize.anchor import STEERING_STRENGTHS, States, best_layers, d
 from mechmerge.localize.asked import ask
 from mechmerge.localize.bench import Batch, Bench
 from mechmerge.localize.scores import AnchorRecord
-from mechmerge.localize.steering import Steering
+from mechmerge.localize.steering import Push, Steering
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.references import Model
 from mechmerge.progress import Progress, track
@@ -122,9 +122,10 @@ class AnchorFinder:
 
         def compute() -> dict[str, Any]:
             steer = self._steering(behavior, held_out)
-            rates = (
-                None if steer is None else (steer.best_rate(layer, v, (0.0,)), steer.best_rate(layer, v, STEERING_STRENGTHS))
-            )
+            rates = None
+            if steer is not None:
+                plain, *steered = steer.rates([Push(layer, v * strength) for strength in (0.0, *STEERING_STRENGTHS)])
+                rates = plain, max(steered)
             record = judge(states, layer, made, held_out, rates, self.settings.seed, topics_of(behavior))
             return record.model_dump(mode="json")
 
@@ -143,7 +144,8 @@ class AnchorFinder:
         steer = self._steering(behavior, made)
         if steer is None:
             return candidates[-1]
-        rates = [steer.best_rate(layer, direction(states, layer, made), STEERING_STRENGTHS[-1:]) for layer in candidates]
+        strength = STEERING_STRENGTHS[-1]
+        rates = steer.rates([Push(layer, direction(states, layer, made) * strength) for layer in candidates])
         return max(zip(rates, candidates, strict=True))[1]
 
     def _steering(self, behavior: Behavior, prompts: list[int]) -> Steering | None:

@@ -28,6 +28,8 @@ ROUND_NODES = 20
 """Most points where the rounds take gradients: five a round, four rounds."""
 CANDIDATES = 3
 """Layers that the steering check chooses from."""
+PUSHES = max(CANDIDATES, 1 + len(STEERING_STRENGTHS))
+"""Answers to a prompt in one batch of the steering check, at most."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,13 @@ def plan_localize(base: Checkpoint, behaviors: Sequence[Behavior], settings: Loc
         found += _Localization(prompts, settings, base).steps()
         answered = behavior.answer_tokens if "loss" in settings.sources else 0
         n, longest = prompts.held_out, max(prompts.asking) + answered
+        steered = PUSHES * min(n, settings.steering_prompts)
         says = settings.curves or settings.output_prompts or "loss" in settings.sources
         demands.append(
             Demand(
                 graph=min(settings.batch, n) * longest,
                 kept=max(sum(prompts.asking), n * longest),
-                positions=max(n, behavior.answer_tokens + 1) if says or behavior.verifier is not None else 0,
+                positions=max(n, steered, behavior.answer_tokens + 1) if says or behavior.verifier is not None else 0,
                 together=max(BATCH_BYTES // token_bytes(base.arch), n * longest),
                 runs=2 * n * longest,
             )
@@ -112,8 +115,7 @@ class _Localization:
             both = 2 * sum(prompts.asking) + sum(prompts.plain)
             yield Step(f"{name}: states of base and expert", both, reads=3, loads=3)
             if self.behavior.verifier is not None and settings.steering_prompts:
-                tries = 1 + len(STEERING_STRENGTHS) + (0 if settings.anchor_layer else CANDIDATES)
-                yield _answers(f"{name}: steering check", tries, min(self.n, settings.steering_prompts), prompts)
+                yield from _steering(name, settings.anchor_layer, min(self.n, settings.steering_prompts), prompts)
             depth = (settings.anchor_layer or max(1, round(ASSUMED_DEPTH * layers))) / layers
             yield from self._scores("anchor", depth, 0)
             if settings.output_prompts:
@@ -158,10 +160,18 @@ class _Localization:
             yield _answers(f"{name}: curves' pass rates", 1 + 2 * shares, asked, self.prompts)
 
 
-def _answers(name: str, tries: int, asked: int, prompts: Prompts) -> Step:
-    """Answers to so many prompts, all in one batch, `tries` times."""
+def _answers(name: str, times: int, asked: int, prompts: Prompts, pushes: int = 1) -> Step:
+    """Answers to so many prompts, under so many pushes, all in one batch, so many times."""
     answer = prompts.behavior.answer_tokens
-    return Step(name, tries * asked * (prompts.mean + answer), reads=tries * answer, tokens_one_by_one=tries * answer)
+    return Step(
+        name, times * pushes * asked * (prompts.mean + answer), reads=times * answer, tokens_one_by_one=times * answer
+    )  # fmt: skip
+
+
+def _steering(name: str, layer: int | None, asked: int, prompts: Prompts) -> list[Step]:
+    """The steering check, and before it the choice of the layer where none is given."""
+    check = _answers(f"{name}: steering check", 1, asked, prompts, 1 + len(STEERING_STRENGTHS))
+    return [check] if layer else [_answers(f"{name}: steering for the layer", 1, asked, prompts, CANDIDATES), check]
 
 
 class EffectOptions(Protocol):
@@ -252,9 +262,8 @@ def plan_anchor_effects(
         steps.append(Step(f"{behavior.name} of {expert}: states of base and expert", both, reads=3, loads=3))
         asked = 0 if behavior.verifier is None else min(len(prompts.asking) - len(own), steering)
         if asked:
-            tries = 1 + len(STEERING_STRENGTHS) + (0 if chosen else CANDIDATES)
-            steps.append(_answers(f"{behavior.name} of {expert}: steering check", tries, asked, prompts))
-            positions = max(positions, asked, behavior.answer_tokens)
+            steps += _steering(f"{behavior.name} of {expert}", chosen, asked, prompts)
+            positions = max(positions, PUSHES * asked, behavior.answer_tokens)
         lengths += own
         batches += -(-len(own) // settings.batch)
         longest = max(longest, max(prompts.asking) + (behavior.answer_tokens if asked else 0))

@@ -7,17 +7,27 @@ microsoft/llm-steer-instruct); localize/anchor.py says what differs here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mechmerge.behaviors.generation import Answer, Decoder
 from mechmerge.localize.asked import Asked
 from mechmerge.localize.bench import Bench
-from mechmerge.progress import Progress, track
+from mechmerge.progress import Progress
 
 Array = np.ndarray
+
+
+class Push(NamedTuple):
+    """What is added to the residual stream."""
+
+    layer: int
+    """After so many layers."""
+    vector: Array
+    """[D]"""
 
 
 class Steering:
@@ -26,31 +36,55 @@ class Steering:
     Args:
         bench: the base.
         asked: the prompts that are answered, of a behaviour with a verifier.
-        progress: told of every strength tried.
+        progress: told of every check.
     """
 
     def __init__(self, bench: Bench, asked: Asked, progress: Progress) -> None:
         self.bench, self.asked, self.progress = bench, asked, progress
 
-    def best_rate(self, layer: int, v: Array, strengths: Sequence[float]) -> float:
-        """The best pass rate, 0 … 1, over multiples of v [D] added after `layer` layers."""
-        best = 0.0
-        label = f"{self.asked.behavior.name}: steering the base at layer {layer}"
-        for strength in track(strengths, label, len(strengths), self.progress):
-            with _added(self.bench, layer, torch.from_numpy(v) * strength):
-                verdicts = self.asked.verdicts(self.asked.answers(self.bench))
-            best = max(best, sum(verdicts) / len(verdicts))
-        return best
+    def rates(self, pushes: Sequence[Push]) -> list[float]:
+        """The pass rate of the base under each push, 0 … 1."""
+        layers = ", ".join(map(str, sorted({push.layer for push in pushes})))
+        self.progress.start(f"{self.asked.behavior.name}: steering the base after layer {layers}", 1)
+        verdicts = [self.asked.verdicts(answers) for answers in self.answers(pushes)]
+        self.progress.advance()
+        self.progress.end()
+        return [sum(passed) / len(passed) for passed in verdicts]
+
+    def answers(self, pushes: Sequence[Push]) -> list[list[Answer]]:
+        """The base's greedy answers to all prompts under each push, [pushes][prompts], made in one batch: decoding reads the
+        weights for every token, however many rows there are.
+        """
+        count = len(self.asked.texts)
+        prompts = self.asked.prompts(self.bench) * len(pushes)
+        limit = self.asked.behavior.answer_tokens
+        decoder = Decoder(self.bench.module, self.bench.tokenizer, prompts, max_new_tokens=limit)
+        by_layer: dict[int, torch.Tensor] = {}
+        for number, (layer, vector) in enumerate(pushes):
+            rows = by_layer.setdefault(layer, torch.zeros(len(prompts), len(vector)))
+            rows[number * count : (number + 1) * count] = torch.from_numpy(vector)
+        with contextlib.ExitStack() as stack:
+            for layer, rows in by_layer.items():
+                stack.enter_context(added(self.bench, layer, rows, lambda: decoder.now))
+            found = decoder.answers(range(len(prompts)))
+        return [found[start : start + count] for start in range(0, len(found), count)]
 
 
 @contextlib.contextmanager
-def _added(bench: Bench, layer: int, vector: torch.Tensor) -> Iterator[None]:
-    """Adds a vector to the residual stream after `layer` layers, at the last prompt token and at every token generated."""
-    vector = vector.to(bench.device, bench.module.dtype)
+def added(bench: Bench, layer: int, vectors: torch.Tensor, now: Callable[[], Sequence[int]]) -> Iterator[None]:
+    """Adds a vector to the residual stream after `layer` layers, at the last prompt token and at every token generated.
+
+    Args:
+        bench: the model.
+        layer: layers that run before.
+        vectors: one for each text, [texts, D].
+        now: the text of each row of the batch that runs.
+    """
+    vectors = vectors.to(bench.device, bench.module.dtype)
 
     def add(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
-        x = torch.cat([x[:, :-1], x[:, -1:] + vector], 1)
+        x = torch.cat([x[:, :-1], x[:, -1:] + vectors[list(now())].unsqueeze(1)], 1)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     handle = bench.layers[layer - 1].register_forward_hook(add)
