@@ -152,6 +152,13 @@ def lock(path: Path, what: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def drop_lock(path: Path) -> None:
+    """Takes away the lock that a process left which was killed when its work was done; one that is held stays."""
+    if path.exists():
+        with contextlib.suppress(InputError, OSError), lock(path, str(path)):
+            pass
+
+
 def make_once(folder: Path, what: str, make: Callable[[], None]) -> None:
     """Has a folder made that is not there yet, by one process at a time.
 

@@ -312,6 +312,18 @@ def few(base: Model) -> Masks:
     return masks
 
 
+def test_a_file_that_ends_too_early_is_one_line(trio: tuple[Model, dict[str, Model]], tmp_path: Path) -> None:
+    """It was whole when its header was read."""
+    shutil.copytree(trio[0].path, tmp_path / "base")
+    checkpoint = Checkpoint(tmp_path / "base")
+    last = max(checkpoint.entries, key=lambda name: int(checkpoint.entries[name]["start"]))
+    file = tmp_path / "base" / checkpoint.files[last]
+    for size in (file.stat().st_size - 1, 0):
+        os.truncate(file, size)
+        with Mapped(checkpoint) as mapped, pytest.raises(CheckpointError, match=r"found the end of the file; it was changed"):
+            mapped.matrix(last)
+
+
 def test_only_what_is_selected_is_read(trio: tuple[Model, dict[str, Model]], tmp_path: Path) -> None:
     base, experts = trio
     one, file = base.checkpoint(), written(tmp_path, base, {"e0": experts["e0"]}, few(base), 0.0)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from mechmerge.artifacts import atomic_folder, is_new, lock, to_yaml
+from mechmerge.artifacts import atomic_folder, drop_lock, is_new, lock, to_yaml
 from mechmerge.errors import InputError, PairError
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
@@ -63,13 +63,15 @@ def merge(
     if expert is not None:
         recipe, masks = restrict(recipe, masks, expert)
     direct = _is_direct(recipe, engine)
+    locked = out.with_name(f".{out.name}.lock")
     if _done(recipe_file, recipe, masks, out, expert is not None):
+        drop_lock(locked)
         progress.note(f"{out} already holds the model of this recipe")
         return
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(out.with_name(f".{out.name}.lock"), f"merged model {out}"):
+    with lock(locked, f"merged model {out}"):
         if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
             return
         with atomic_folder(out) as partial:

@@ -27,6 +27,12 @@ class Place:
     bytes: int
 
 
+def ended(where: str, place: Place) -> CheckpointError:
+    """What is said of a file that ends before a place does."""
+    expected = f"{place.bytes} bytes from byte {place.start} on"
+    return CheckpointError(where, expected=expected, found="the end of the file", fix="it was changed meanwhile")
+
+
 class Mapped:
     """A checkpoint with its files open and mapped; a context.
 
@@ -77,14 +83,21 @@ class Mapped:
         return Place(self.open(file), entry["start"], size)
 
     def matrix(self, name: str) -> torch.Tensor:
-        """A tensor as a matrix of its first dimension by all others, in its stored dtype. It must not be written to."""
+        """A tensor as a matrix of its first dimension by all others, in its stored dtype. It must not be written to.
+
+        Raises:
+            CheckpointError: the file is shorter than its header says.
+        """
         if name not in self._matrices:
             place, file = self.place(name), self.checkpoint.files[self.checkpoint.stored[name]]
-            if file not in self._maps:
-                self._maps[file] = mmap.mmap(place.file, 0, prot=mmap.PROT_READ)
             shape, dtype = matrix_shape(self.checkpoint.entries[name]["shape"]), self.dtype(name)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that nobody may write into it
-                flat = torch.frombuffer(self._maps[file], dtype=dtype, count=shape[0] * shape[1], offset=place.start)
+            try:
+                if file not in self._maps:
+                    self._maps[file] = mmap.mmap(place.file, 0, prot=mmap.PROT_READ)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # that nobody may write into it
+                    flat = torch.frombuffer(self._maps[file], dtype=dtype, count=shape[0] * shape[1], offset=place.start)
+            except ValueError:
+                raise ended(str(self.checkpoint.folder / file), place) from None
             self._matrices[name] = flat.reshape(shape)
         return self._matrices[name]

@@ -18,7 +18,7 @@ from mechmerge.errors import CheckpointError, MechmergeError
 from mechmerge.merge.arithmetic import Selection, combine, is_finite, put, select
 from mechmerge.merge.cuts import BASE, Cut
 from mechmerge.merge.files import OutFile
-from mechmerge.merge.mapped import Mapped, Place
+from mechmerge.merge.mapped import Mapped, Place, ended
 from mechmerge.recipe.schema import Array
 
 ELEMENTS = 1 << 18
@@ -193,12 +193,7 @@ def read(place: Place, memory: memoryview) -> None:
     while done < place.bytes:
         got = os.preadv(place.file, [memory[done : place.bytes]], place.start + done)
         if not got:
-            raise CheckpointError(
-                "a parent's weights",
-                expected=f"{place.bytes} bytes",
-                found="the end of the file",
-                fix="it was changed meanwhile",
-            )
+            raise ended("a parent's weights", place)
         done += got
 
 

@@ -211,7 +211,10 @@ class Campaign:
             shard.write_bytes(content)
             os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
         name = getattr(change, "__name__", "change")
-        return self._judge(command, f"{command}: weights {name} at {at}", done, signals=(signal.SIGBUS,))
+        # Where the other weights were found is remembered, by their digest, and rightly so.
+        return self._judge(
+            command, f"{command}: weights {name} at {at}", done, signals=(signal.SIGBUS,), besides="cache/known/"
+        )
 
     @contextlib.contextmanager
     def paused(self, command: Command, at: int) -> Iterator[None]:
@@ -234,8 +237,24 @@ class Campaign:
         return second, self._judge(command, f"{command}: another one at {at}", self.runner.wait())
 
     # ------------------------------------------------------------------------------------------------------------- judging
-    def _judge(self, command: Command, case: str, done: Done, signals: tuple[int, ...] = ()) -> Verdict:
+    def _judge(
+        self, command: Command, case: str, done: Done, signals: tuple[int, ...] = (), besides: str | None = None
+    ) -> Verdict:
+        """Says what is wrong with how a command ended, and calls it again.
+
+        Args:
+            command: the command.
+            case: what was done to it.
+            done: how it ended.
+            signals: that may have ended it beside SIGKILL.
+            besides: beginning of paths that may be there although the reference lacks them.
+        """
         whole = self.whole(command)
+
+        def left() -> dict[str, str]:
+            there = tree(self.work)
+            return {p: sha for p, sha in there.items() if p in whole.files or besides is None or not p.startswith(besides)}
+
         lines = [line for line in done.err.splitlines() if line.strip()]
         verdict = Verdict(case, done.code, lines[-1] if lines else "")
         problems = verdict.problems
@@ -245,7 +264,7 @@ class Campaign:
             problems.append(f"it said more or less than one line: {done.err[-600:]}")
         elif done.code < 0 and lines:
             problems.append(f"it was killed and said: {done.err[-300:]}")
-        after = tree(self.work)
+        after = left()
         odd = sorted(path for path, sha in after.items() if is_final(path) and whole.files.get(path) != sha)
         odd = [path for path in odd if not path.endswith("/")]
         if odd:
@@ -255,7 +274,7 @@ class Campaign:
         again = self.call(command)
         if again.code != whole.code:
             problems.append(f"the second call ended with {again.code}: {again.err[-300:]}")
-        elif (found := tree(self.work)) != whole.files:
+        elif (found := left()) != whole.files:
             problems.append(f"after the second call: {difference(found, whole.files)}")
         return verdict
 
