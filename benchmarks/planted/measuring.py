@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.planted.testbeds import Bed
-from mechmerge.localize.anchor import States, judge
+from mechmerge.localize.anchor import States, direction, judge, normalised
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.measure import Anchor, screen
 from mechmerge.localize.patching import Patcher
@@ -54,7 +54,8 @@ def anchor_of(testbed: Bed, expert: Tensors) -> tuple[Anchor, AnchorRecord]:
     with holding(bench, expert):
         states = States(last([x for x, _ in pairs]), last([y for _, y in pairs]), base)
     n = len(testbed.vector)
-    vector, record = judge(states, testbed.anchor_layer, range(n), range(n, len(pairs)), None, seed=0)
+    vector = normalised(direction(states, testbed.anchor_layer, range(n)))
+    record = judge(states, testbed.anchor_layer, range(n), range(n, len(pairs)), None, seed=0)
     return Anchor(testbed.anchor_layer, torch.from_numpy(vector)), record
 
 
