@@ -457,7 +457,10 @@ class Units:
             self._check()
 
     def discard(self) -> None:
-        """Removes the units, once the stage's result is written, and their folder when it is empty then."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the units, once the stage's result is written, and their folder when it is empty then; what cannot be
+        removed is an error, and the next call removes it.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
