@@ -94,7 +94,7 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
         figures["masks a starting point"] = len(masks)
         found: dict[str, list[np.ndarray]] = {key: [] for key in ("path", "local", "measured", "apart", "elsewhere")}
         for number, mask in enumerate(masks):
-            change = {kind: mask[kind] - inside[kind] for kind in UNIT_KINDS}
+            change: dict[str, np.ndarray] = {kind: mask[kind] - inside[kind] for kind in UNIT_KINDS}
             there = calibration.losses(Point(here.rest, mask), f"{title}, mask {number + 1} of {len(masks)}")
             found["measured"].append(weights @ (there - at))
             found["path"].append(-drop(calibration, path, change))

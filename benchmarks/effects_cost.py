@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -60,9 +61,10 @@ def main(quick: bool, save: bool, threads: int | None) -> None:
                 bench.backward([batch], layers, loss, probe.turn)
                 probe.take(0)
 
-        forward(), node(1)  # everything is allocated once
-        rounds = [(timed(forward), [timed(lambda e=e: node(e)) for e in EXPERTS]) for _ in range(1 if quick else 5)]
-    figures = {"prompts": BATCH, "tokens a prompt, answer included": PROMPT + ANSWER}
+        forward()  # everything is allocated once
+        node(1)
+        rounds = [(timed(forward), [timed(partial(node, e)) for e in EXPERTS]) for _ in range(1 if quick else 5)]
+    figures: dict[str, float] = {"prompts": BATCH, "tokens a prompt, answer included": PROMPT + ANSWER}
     figures |= {"forward pass s": statistics.median(alone for alone, _ in rounds)}
     for number, experts in enumerate(EXPERTS):
         name = f"forward-equivalents, {experts} expert{'s' * (experts > 1)}"

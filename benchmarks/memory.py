@@ -79,12 +79,12 @@ def compared(name: str) -> dict[str, float | str]:
             options = {"prompts": PROMPTS, "tokens": TOKENS, "batch": BATCH, "scores": file}
             results.append(screen_in_a_process(base=base, expert=expert, streamed=streamed, **options))
             scores.append(dict(np.load(file)))
-    whole, streamed = ({f"{key} s": r[key] for key in ("loading", "screening")} | {"peak GB": r["peak"] / 1e9} for r in results)
+    whole, in_parts = ({f"{key} s": r[key] for key in ("loading", "screening")} | {"peak GB": r["peak"] / 1e9} for r in results)
     seconds = [r["loading"] + r["screening"] for r in results]
     return {
         "compared on": name,
         **{f"in memory: {key}": value for key, value in whole.items()},
-        **{f"streamed: {key}": value for key, value in streamed.items()},
+        **{f"streamed: {key}": value for key, value in in_parts.items()},
         "layers in memory at once": results[1]["resident"],
         "largest score": max(float(np.abs(values).max()) for values in scores[0].values()),
         "largest difference": max(float(np.abs(values - scores[1][kind]).max()) for kind, values in scores[0].items()),

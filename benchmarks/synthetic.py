@@ -104,8 +104,8 @@ def write_trio(shape: Shape, folder: Path, shard_bytes: int = 5_000_000_000) -> 
             end = 0
             for name, rows, columns in names:
                 start, end = end, end + rows * max(columns, 1) * 2
-                size = [rows, columns] if columns else [rows]
-                header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
+                dims = [rows, columns] if columns else [rows]
+                header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
                 weight_map[name] = file
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
@@ -230,7 +230,7 @@ def _child(job: Job) -> dict[str, float]:
                 bench.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         forward = time.perf_counter() - screened
     if job.scores is not None:
-        np.savez(job.scores, **scores)
+        np.savez(job.scores, allow_pickle=False, **scores)
     return {
         "peak": peak,
         "loading": loaded - started,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,6 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.models.load import load_model
 from mechmerge.models.references import Model, ModelId, resolve
 from mechmerge.progress import NullProgress
-from mechmerge.recipe.compile import compile_recipe
 from mechmerge.recipe.schema import read_recipe
 from tests import measured
 from tests.tiny import tiny_adapter
@@ -333,10 +331,10 @@ def test_what_controls_copy_can_be_found() -> None:
                 assert model.name == (policy.name if arm.like else arm.name.removeprefix(f"{policy.policy}.within."))
 
 
-def test_what_this_version_lacks_is_told() -> None:
-    within = arms.WITHIN in inspect.signature(compile_recipe).parameters
-    assert set(arms.missing()) == set(arms.WANTED) - {*arms.POLICIES, *([arms.WITHIN] if within else [])}
-    assert any(arm.within for arm in arms.others()) == within
+def test_every_policy_is_an_arm() -> None:
+    compared = {arm.policy for arm in (*arms.telling(), *arms.others(), *arms.every().values())}
+    assert set(arms.POLICIES) <= compared
+    assert {arm.within for arm in arms.others() if arm.within} == {arms.HEADLINE}
 
 
 def test_the_best_is_by_mean_or_by_minimum() -> None:

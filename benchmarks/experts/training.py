@@ -120,7 +120,8 @@ def train(
         rate: in the place of the recipe's.
         judged: whether base and expert answer the develop split.
     """
-    recipe = RECIPES[which]._replace(**{k: v for k, v in {"steps": steps, "rate": rate}.items() if v is not None})
+    usual = RECIPES[which]
+    recipe = usual._replace(steps=usual.steps if steps is None else steps, rate=usual.rate if rate is None else rate)
     torch.manual_seed(seed)
     random.seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)

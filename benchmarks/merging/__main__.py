@@ -42,7 +42,6 @@ from pathlib import Path
 import click
 
 from benchmarks.common import finish
-from benchmarks.merging.arms import missing
 from benchmarks.merging.families import FAMILIES
 from benchmarks.merging.report import report
 from benchmarks.merging.steps import STEPS, expected, finished, hours, tasks
@@ -108,8 +107,6 @@ def work(
     progress = LineProgress()
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     studies: dict[tuple[str, int], Study] = {}
-    if missing():
-        progress.note(f"this version has no {', '.join(missing())}: left out")
     with lock(home / ".lock", f"benchmark in {home}"), suppress(Paused):
         for task in tasks(families, seeds, only):
             progress.note(f"▶ {task.family}, seed {task.seed}: {task.name}")
@@ -133,8 +130,6 @@ def plan(home: Path, sizes: Sizes, families: Sequence[str], seeds: Sequence[int]
         print(f"{task.family:10s} {task.seed:4d}  {task.name:10s} {done:4d}/{total:4d}  {rest:5.2f}  {hours(units):5.2f}")
     print(", ".join(f"{count} × {name}" for name, count in whole.items()))
     print(f"{hours(dict(whole)):.1f} hours on two free cores, {left:.1f} of them left")
-    if missing():
-        print(f"not in this version, and not counted: {', '.join(missing())}")
 
 
 if __name__ == "__main__":

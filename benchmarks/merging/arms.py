@@ -6,18 +6,16 @@ are still being written.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mechmerge.pipeline.schema import PARAMETERS
-from mechmerge.recipe.compile import BASELINES, CONTROLS, POLICIES, compile_recipe
+from mechmerge.recipe.compile import BASELINES, CONTROLS, POLICIES
 
 Kind = Literal["baseline", "policy", "control"]
 Measured = Literal["effects", "rounds", "scores", "solution"]
-WITHIN = "within"
 BUDGETS = (0.1, 0.25, 0.5)
 """Shares of each expert's head, KV and neuron parameters."""
 SHUFFLES = 5
@@ -26,8 +24,6 @@ TELLING = ("rounds", "conflict")
 answered the test prompts with both, with the experts of `conflict`, seed 0 (benchmarks/results/demo-2026-11-22.json).
 """
 HEADLINE = TELLING[0]
-WANTED = ("weighted", "solve", "della", "breadcrumbs", "sce", "model-stock", WITHIN)
-"""What the issue asks for beside what was there from the start."""
 MEASURED: dict[str, Measured] = {
     "rounds": "rounds",
     "conflict": "effects",
@@ -133,19 +129,7 @@ def others() -> list[Arm]:
             arms += [Arm(_named(policy, {"budget": budget}), "policy", policy, {"budget": budget}) for budget in BUDGETS]
         else:
             arms.append(Arm(policy, "policy", policy))
-    if _has_within():
-        arms += [Arm(f"{policy}.within.{HEADLINE}", "policy", policy, within=HEADLINE) for policy in ("ties", "dare-ties")]
-    return arms
-
-
-def _has_within() -> bool:
-    return WITHIN in inspect.signature(compile_recipe).parameters
-
-
-def missing() -> list[str]:
-    """What the issue asks for and this version lacks."""
-    held = {*POLICIES, *((WITHIN,) if _has_within() else ())}
-    return [name for name in WANTED if name not in held]
+    return arms + [Arm(f"{policy}.within.{HEADLINE}", "policy", policy, within=HEADLINE) for policy in ("ties", "dare-ties")]
 
 
 def controls(arm: Arm, shuffles: int = SHUFFLES) -> dict[str, list[Arm]]:
@@ -160,8 +144,8 @@ def controls(arm: Arm, shuffles: int = SHUFFLES) -> dict[str, list[Arm]]:
         made = [[_inside(arm, control) for control in drawn] for drawn in inside.values()]
         return dict(zip(names, made, strict=True))
     found = {f"shuffles of {arm.name}": list(_drawn(arm, "shuffle", {"per_layer": True}, shuffles))}
-    if (matched := norm_matched()) is not None:
-        found[f"norm-matched of {arm.name}"] = list(_drawn(arm, "norm", matched, shuffles))
+    matched = {"per_layer": True, "match_norms": True}
+    found[f"norm-matched of {arm.name}"] = list(_drawn(arm, "norm", matched, shuffles))
     magnitude = Arm(f"magnitude.like.{arm.name}", "control", "magnitude", {"per_layer": True}, like=arm.name)
     return found | {f"magnitude of {arm.name}": [magnitude]}
 
@@ -175,11 +159,6 @@ def every() -> dict[str, Arm]:
     policies = [*telling(), *others()]
     drawn = [arm for policy in policies if policy.within is None for made in controls(policy).values() for arm in made]
     return {arm.name: arm for arm in (*policies, *drawn)}
-
-
-def norm_matched() -> dict[str, Any] | None:
-    """Parameters of the control `random` that also match the norm of the deltas; None where this version has none."""
-    return {"per_layer": True, "match_norms": True} if "match_norms" in PARAMETERS["random"] else None
 
 
 def _drawn(arm: Arm, name: str, parameters: dict[str, Any], count: int) -> Iterator[Arm]:

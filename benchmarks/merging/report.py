@@ -78,7 +78,7 @@ def report(
     folder.mkdir(parents=True)
     figures: dict[str, Any] = {}
     goals: dict[str, Goal] = {}
-    parts = [f"# Merging: retained gains\n\nPolicies that this version lacks: {', '.join(catalogue.missing()) or 'none'}.\n"]
+    parts = ["# Merging: retained gains\n"]
     for family in families:
         found = gather(home, sizes, family, seeds)
         own, wanted = judged(found)
@@ -182,20 +182,21 @@ def section(found: Found) -> str:
     roles = list(dict.fromkeys(role for role, _ in board.cells))
     rows = []
     for role in sorted(roles, key=lambda r: _place(found, r)):
-        row = {"model": role, "seeds": sum((role, seed) in board.cells for seed in board.whole)}
+        row: dict[str, object] = {"model": role, "seeds": sum((role, seed) in board.cells for seed in board.whole)}
         row |= {skill: str(board.level(role, skill)) for skill in board.skills}
         row["worst format"] = _worst(board, role)
         if role not in ("base", *board.skills):
             row |= {f"retained, {over}": _shown(board.retained(role, over)) for over in (*board.skills, "mean", "min")}
         rows.append(row)
     lines += ["### Test split", "", *_table(rows), "", "### Differences of retained gain", ""]
-    rows = []
+    rows = list[dict[str, object]]()
     for policy, drawn in found.controls.items():
         others = [*drawn, BY_MEAN, BY_MIN, TUNED] if policy in catalogue.TELLING else [*drawn, BY_MEAN]
         for other in others:
             held = {over: board.difference(policy, other, over) for over in ("mean", "min")}
             if any(held.values()):
-                rows.append({"model": policy, "less": other} | {over: _shown(value) for over, value in held.items()})
+                row = {"model": policy, "less": other}
+                rows.append(row | {over: _shown(value) for over, value in held.items()})
     lines += [*_table(rows), ""]
     for seed, study in found.studies.items():
         lines += _chosen(found, seed, study)

@@ -276,7 +276,7 @@ class Study:
             seed=arm.seed,
             like=like,
             delta_norms=None if like is None else self._norms,
-            **({} if within is None else {catalogue.WITHIN: within}),
+            within=within,
         )
         recipe = compiled.recipe
         if arm.weights:

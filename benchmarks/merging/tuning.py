@@ -77,7 +77,8 @@ def steps_of(cost: Cost, batch: int = BATCH) -> int:
 
 def batches(examples: int, steps: int, batch: int, seed: int) -> list[list[int]]:
     """Which examples each step takes: every example once before any is taken again, in an order that is drawn anew."""
-    generator, queue, made = random.Random(seed), [], []
+    generator, queue = random.Random(seed), list[int]()
+    made: list[list[int]] = []
     for _ in range(steps):
         taken: list[int] = []
         while len(taken) < min(batch, examples):

@@ -52,12 +52,12 @@ def load(job: Job) -> Mapping[str, Measure]:
 
     def traced(layer: int, head: int) -> torch.Tensor:
         with swapped(layer, head), model.trace(prompts):
-            end = layers[top].output[:, -1].save()
-        return end  # noqa: RET504 - nnsight runs the body of the `with` elsewhere
+            end: torch.Tensor = layers[top].output[:, -1].save()
+        return end  # nnsight runs the body of the `with` elsewhere
 
     def stopped(layer: int, head: int) -> torch.Tensor:
         with swapped(layer, head), model.trace(prompts) as tracer:
-            end = layers[top].output[:, -1].save()
+            end: torch.Tensor = layers[top].output[:, -1].save()
             tracer.stop()
         return end
 
@@ -65,7 +65,7 @@ def load(job: Job) -> Mapping[str, Measure]:
         with swapped(layer, head), model.trace(prompts) as tracer:
             for below in range(layer):
                 layers[below].skip(residual[below])
-            end = layers[top].output[:, -1].save()
+            end: torch.Tensor = layers[top].output[:, -1].save()
             tracer.stop()
         return end
 
