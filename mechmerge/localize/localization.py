@@ -191,31 +191,29 @@ class Localization:
 
     def _scorer(self, subject: Callable[[], Subject], below: int, key: str) -> Scorer:
         key = f"{key}-{below}"
-        return Scorer(self.pair.bench, self.base, self.expert, subject, below, self.units, key, self.name, self.progress)
+        return Scorer(
+            self.pair.bench, self.base, self.expert, subject, below, self.units, key, self.behavior.name, self.progress
+        )
 
     def _scores(self, scorer: Scorer, scale: float) -> tuple[dict[str, Array], Controls, dict[str, Any]]:
         """The tensors, the controls, and what the file's document says of how they were chosen."""
         settings, below, others = self.settings, scorer.below, [m for m in MEASURES[1:] if m in self.settings.measures]
-        passes = below * (1 + len(others)) + 2
-        self.progress.start(f"{self.behavior.name}: screening and patching below layer {below}", passes)
-        try:
-            controls = scorer.controls()
-            self.progress.advance()
-            screened = scorer.screened(settings.batch, settings.integrate)
-            self.progress.advance()
-            means = {kind: values.mean(0) for kind, values in screened.items()}
-            verification: dict[str, VerificationRecord] = {}
-            if settings.verify == "auto":
-                chosen, verification = scorer.settled(means, scale, settings.top, settings.confidence, settings.seed)
-            else:
-                chosen = scorer.best(means, settings.verify)
-            wanted = [*scorer.modules(), *chosen]
-            if "activation" in others and settings.verify:
-                wanted += scorer.routers(scorer.patched("activation", scorer.modules()))
-            for measure in ("sufficiency", *others):
-                scorer.patched(measure, wanted)
-        finally:
-            self.progress.end()
+        self.progress.start(f"{self.behavior.name}: screening below layer {below}", 1)
+        controls = scorer.controls()
+        screened = scorer.screened(settings.batch, settings.integrate)
+        self.progress.advance()
+        self.progress.end()
+        means = {kind: values.mean(0) for kind, values in screened.items()}
+        verification: dict[str, VerificationRecord] = {}
+        if settings.verify == "auto":
+            chosen, verification = scorer.settled(means, scale, settings.top, settings.confidence, settings.seed)
+        else:
+            chosen = scorer.best(means, settings.verify)
+        wanted = [*scorer.modules(), *chosen]
+        if "activation" in others and settings.verify:
+            wanted += scorer.routers(scorer.patched("activation", scorer.modules()))
+        for measure in ("sufficiency", *others):
+            scorer.patched(measure, wanted)
         measured = {measure: scorer.all_patched(measure) for measure in ("sufficiency", *others)}
         arrays = score_arrays(screened, measured, scale, below) | self.pair.facts
         replaced = [parse_component(name) for name in measured["sufficiency"]]

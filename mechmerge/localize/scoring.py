@@ -23,10 +23,10 @@ from mechmerge.localize.measure import Source, best_units, screen
 from mechmerge.localize.patching import Patcher, Run
 from mechmerge.localize.path import along_path
 from mechmerge.localize.resume import Readout
-from mechmerge.localize.settings import MEASURES, Measure
+from mechmerge.localize.settings import CALLED, MEASURES, Measure
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.components import SCORED_KINDS, UNIT_KINDS, Component, parse_component
-from mechmerge.progress import SILENT, Progress
+from mechmerge.progress import SILENT, Progress, track
 
 Array = np.ndarray
 MODULE_KINDS = ("attention", "mlp", "layer")
@@ -70,7 +70,8 @@ class Scorer:
         subject: prompts and readout.
         units: where results are kept.
         key: prefix of their names.
-        name: what errors and progress call it.
+        name: what is measured, for errors and progress.
+        progress: told of every layer whose components are replaced.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Scorer:
 
         found = self.units.arrays(f"{self.key}-screen-{steps}", compute)
         if not all(np.isfinite(array).all() for array in found.values()):
-            raise LocalizeError(self.name, expected="finite scores", found="NaN", fix="try --dtype float32")
+            raise LocalizeError(f"behaviour {self.name}", expected="finite scores", found="NaN", fix="try --dtype float32")
         return found
 
     def patched(self, measure: Measure, components: Iterable[Component]) -> dict[str, Array]:
@@ -157,16 +158,16 @@ class Scorer:
         known, asked = self._known[measure], set(components)
         new = sorted((c for c in asked if str(c) not in known), key=lambda c: (c.layer, c.kind, c.unit))
         try:
-            for layer, here in groupby(new, key=lambda component: component.layer):
-                together = list(here)
+            by_layer = [(layer, list(here)) for layer, here in groupby(new, key=lambda component: component.layer)]
+            label = f"{self.name}: {CALLED[measure]} below layer {self.below}"
+            for layer, together in track(by_layer, label, len(by_layer), self.progress):
                 names = digest([str(component) for component in together])[:12]
                 compute = functools.partial(self._patch, measure, together)
                 known |= self.units.arrays(f"{self.key}-{measure}-{layer}-{names}", compute)
-                self.progress.advance()
         finally:
             self._hold("base")
         if not all(np.isfinite(known[str(component)]).all() for component in new):
-            raise LocalizeError(self.name, expected="finite scores", found="NaN", fix="try --dtype float32")
+            raise LocalizeError(f"behaviour {self.name}", expected="finite scores", found="NaN", fix="try --dtype float32")
         return {str(component): known[str(component)] for component in asked}
 
     def all_patched(self, measure: Measure) -> dict[str, Array]:
@@ -216,9 +217,11 @@ class Scorer:
             self._hold("base")
         controls = Controls(found["base"], found["expert"], float(found["identity"][0]))
         if not (np.isfinite(controls.base).all() and np.isfinite(controls.expert).all()):
-            raise LocalizeError(self.name, expected="finite states", found="NaN", fix="try --dtype float32")
+            raise LocalizeError(f"behaviour {self.name}", expected="finite states", found="NaN", fix="try --dtype float32")
         if controls.identity != 0:
-            raise LocalizeError(self.name, expected="0 for the base patched with itself", found=str(controls.identity))
+            raise LocalizeError(
+                f"behaviour {self.name}", expected="0 for the base patched with itself", found=str(controls.identity)
+            )
         return controls
 
     # ------------------------------------------------------------------------------------------------------------- choices

@@ -14,6 +14,12 @@ from mechmerge.models.pair import PositionRule, VocabularyRule
 ScoreSource = Literal["anchor", "loss"]
 Measure = Literal["sufficiency", "necessity", "activation"]
 MEASURES: tuple[Measure, ...] = ("sufficiency", "necessity", "activation")
+CALLED: dict[str, str] = {
+    "sufficiency": "weight patching",
+    "necessity": "knockout",
+    "activation": "activation patching",
+}
+"""What readers know each measure as."""
 _CURVES = ("curves", "curve_seeds", "curve_output_shares", "curve_pass_prompts")
 NAMED = (
     "sources",

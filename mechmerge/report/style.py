@@ -17,6 +17,7 @@ import numpy as np
 
 from mechmerge.artifacts import atomic_file
 from mechmerge.localize.scores import ScoreMetadata
+from mechmerge.localize.settings import CALLED
 from mechmerge.models.references import ModelId
 
 Array = np.ndarray
@@ -24,13 +25,7 @@ WIDTH, DPI = 8.0, 150
 """Inches and dots an inch: figures are 1200 pixels wide."""
 COLOURS = "RdBu_r"
 GREY = "#d4d4d4"
-MEASURES = {
-    "screen": "first-order estimate",
-    "sufficiency": "weight patching",
-    "necessity": "knockout",
-    "activation": "activation patching",
-    "output": "output",
-}
+MEASURES: dict[str, str] = {"screen": "first-order estimate", **CALLED, "output": "output"}
 """What each measure of a score file is called in titles."""
 
 
