@@ -298,3 +298,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none"):
         write_report([], None, {}, None, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_finished_stage_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("title: begun\n")
+    with pytest.raises(InputError, match="it has finished no stage yet"):
+        find_run_files(tmp_path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' bars, notices and deprecation warnings off the terminal."""
+    """Keeps transformers' and peft's bars, notices and deprecation warnings off the terminal."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -26,6 +26,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # Of an adapter whose base is named otherwise than a folder or a repository: which base it is, we know.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
             yield
     finally:
         logging.set_verbosity(before)

@@ -63,7 +63,7 @@ def find_run_files(run: Path) -> RunFiles:
             str(run),
             expected="scores/, effects.safetensors, recipes/ or evaluation.json",
             found="none of them",
-            fix="name RUN itself",
+            fix="it has finished no stage yet; call its `mechmerge run` again" if pipeline else "name RUN itself",
         )
     return found
 
