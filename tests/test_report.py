@@ -301,6 +301,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_finished_stage_says_so(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("title: begun\n")
+    (tmp_path / "run.yaml").write_text("pipeline: {title: begun, recipes: true}\n")
     with pytest.raises(InputError, match="it has finished no stage yet"):
         find_run_files(tmp_path)

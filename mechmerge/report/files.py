@@ -44,7 +44,8 @@ def find_run_files(run: Path) -> RunFiles:
         recipes.setdefault("merged", run / "recipe.yaml")
     pipeline = _pipeline(run / "run.yaml")
     # The pipeline's own order says more than the alphabet.
-    order = {name: place for place, name in enumerate(pipeline.get("recipes") or ())}
+    named = pipeline.get("recipes")
+    order = {name: place for place, name in enumerate(named if isinstance(named, Mapping) else ())}
     recipes = dict(sorted(recipes.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
     found = RunFiles(
         scores=tuple(sorted(run.glob("scores/*/*.safetensors"))),
