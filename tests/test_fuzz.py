@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mechmerge.artifacts import read_document
 from mechmerge.behaviors.schema import load_behavior
-from mechmerge.errors import MechmergeError, visible
+from mechmerge.errors import MechmergeError, machine_error, visible
 from mechmerge.evaluate.gate import Gate, check_gate
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.responses import join
@@ -78,12 +78,18 @@ def bounded() -> Iterator[None]:
 
 
 def survives(read: Read, path: Path) -> None:
-    """Reading ends well, or with an error of ours: wrong input or something missing, in one line that a terminal can show."""
+    """Reading ends well, or with an error of ours: wrong input or something missing, in one line that a terminal can show.
+
+    What the system says of a path that cannot be (a name of 300 letters) is put into such a line by the commands.
+    """
     found: MechmergeError | None = None
     try:
         read(path)
     except MechmergeError as error:
         found = error
+    except OSError as error:
+        found = machine_error(error)
+        assert found is not None, repr(error)
     if found is not None:
         assert found.exit_code in (2, 4), repr(found)
         assert visible(str(found)) == str(found)
