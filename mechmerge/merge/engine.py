@@ -63,15 +63,14 @@ def merge(
     if expert is not None:
         recipe, masks = restrict(recipe, masks, expert)
     direct = _is_direct(recipe, engine)
-    locked = out.with_name(f".{out.name}.lock")
     if _done(recipe_file, recipe, masks, out, expert is not None):
-        drop_lock(locked)
+        drop_lock(_lock_of(out))
         progress.note(f"{out} already holds the model of this recipe")
         return
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not direct)
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(locked, f"merged model {out}"):
+    with lock(_lock_of(out), f"merged model {out}"):
         if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
             return
         with atomic_folder(out) as partial:
@@ -88,6 +87,10 @@ def merge(
                 progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
             for watch in watches:
                 watch.check()
+
+
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
 
 
 def _is_direct(recipe: Recipe, engine: Engine) -> bool:
