@@ -30,9 +30,7 @@ def loss(bench: Bench, examples: Sequence[Tokens]) -> float:
     """Mean over examples of the answer's negative log-likelihood, nats a token."""
     batch, labels = bench.encode_answers(examples)
     with torch.no_grad():
-        logits = bench.answer_logits(batch, labels).float()
-    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return float((nats.sum(1) / (labels != -100).sum(1)).mean())
+        return float(bench.answer_losses(batch, labels).mean())
 
 
 def costs(

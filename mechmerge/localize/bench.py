@@ -127,9 +127,11 @@ class Bench:
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
 
-    def answer_losses(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-likelihood per answer token of each example, [B], in nats, from the residual stream after all
-        layers, [B, T, D]; batch and labels are those of `encode_answers`.
+    def answer_losses(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean negative log-likelihood per answer token of each example of `encode_answers`, [B], in nats.
+
+        Args:
+            residual: as in `answer_logits`.
         """
         logits = self.answer_logits(batch, labels, residual)
         per_token = torch.nn.functional.cross_entropy(

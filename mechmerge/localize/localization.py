@@ -199,10 +199,12 @@ class Localization:
         """The tensors, the controls, and what the file's document says of how they were chosen."""
         settings, below, others = self.settings, scorer.below, [m for m in MEASURES[1:] if m in self.settings.measures]
         self.progress.start(f"{self.behavior.name}: screening below layer {below}", 1)
-        controls = scorer.controls()
-        screened = scorer.screened(settings.batch, settings.integrate)
-        self.progress.advance()
-        self.progress.end()
+        try:
+            controls = scorer.controls()
+            screened = scorer.screened(settings.batch, settings.integrate)
+            self.progress.advance()
+        finally:
+            self.progress.end()
         means = {kind: values.mean(0) for kind, values in screened.items()}
         verification: dict[str, VerificationRecord] = {}
         if settings.verify == "auto":

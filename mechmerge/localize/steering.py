@@ -46,9 +46,11 @@ class Steering:
         """The pass rate of the base under each push, 0 … 1."""
         layers = ", ".join(map(str, sorted({push.layer for push in pushes})))
         self.progress.start(f"{self.asked.behavior.name}: steering the base after layer {layers}", 1)
-        verdicts = [self.asked.verdicts(answers) for answers in self.answers(pushes)]
-        self.progress.advance()
-        self.progress.end()
+        try:
+            verdicts = [self.asked.verdicts(answers) for answers in self.answers(pushes)]
+            self.progress.advance()
+        finally:
+            self.progress.end()
         return [sum(passed) / len(passed) for passed in verdicts]
 
     def answers(self, pushes: Sequence[Push]) -> list[list[Answer]]:
