@@ -1,7 +1,8 @@
 """Do predicted changes of loss come true? `python -m benchmarks.effects [--quick] [--save] [--folder DIR]`.
 
-On the demo's pair, for more than a hundred masks (chosen by predicted harm, and the same shuffled within every layer, kind and
-expert), the predicted change of each behaviour's loss is held against the measured one, from two starting points:
+On the demo's pair, for more than a hundred masks from each of two starting points (chosen by predicted harm, and the same
+shuffled within every layer, kind and expert; a few that lower what has no component of its own), the predicted change of each
+behaviour's loss is held against the measured one. The starting points:
 
 - *the sum*, and *the merge* that one round settles (localize/rounds.py);
 - predicted by the *path* effects (base → sum, localize/effects.py), and by *local* ones: integrated over the short path from
@@ -27,12 +28,12 @@ from benchmarks.common import Goal, finish
 from mechmerge.behaviors.schema import load_group
 from mechmerge.cli.common import LineProgress, set_threads
 from mechmerge.localize.calibration import BehaviorRow, Calibration, Point
+from mechmerge.localize.effect_file import LEAST_MASKS
 from mechmerge.localize.effects import FIRST_INTERVALS
 from mechmerge.localize.integrals import integrate
-from mechmerge.localize.linearity import line, masks_of
-from mechmerge.localize.proposal import Proposal, Units, agreed, drop, everything, per_nat, propose, switch, turned_over
+from mechmerge.localize.linearity import line, masks_of, predicted_change
+from mechmerge.localize.proposal import Proposal, Units, agreed, everything, per_nat, propose, switch, turned_over
 from mechmerge.localize.rounds import RoundSettings
-from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import resolve
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo" / "experts"
@@ -80,27 +81,25 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
     start, end = calibration.point(0.0), calibration.point(1.0)
     cuts = FIRST_INTERVALS[-2:] if quick else (*FIRST_INTERVALS[:-1], 0.625, 1.0)
     parts = [integrate(calibration, start, end, a, b) for a, b in itertools.pairwise(cuts)]
-    path: Units = {kind: np.sum([part[kind] for part in parts], axis=0) for kind in UNIT_KINDS}
+    path: Units = {kind: np.sum([part[kind] for part in parts], axis=0) for kind in parts[0]}
 
     whole = everything(calibration)
     first = propose(calibration, whole, counts, "the sum")
     points = {"sum": (whole, first), "merge": (_settled(calibration, first, counts), None)}
     figures: dict[str, Any] = {"masks a starting point": 0}
     for title, (here, known) in points.items():
-        inside = dict(here.units or {})
         at = calibration.losses(here, title)
         local = (known or propose(calibration, here, counts, title)).along
-        masks = masks_of(calibration, path if title == "sum" else local, counts, inside, 8 if quick else None)
+        masks = masks_of(calibration, path if title == "sum" else local, counts, here, 8 if quick else LEAST_MASKS)
         figures["masks a starting point"] = len(masks)
         found: dict[str, list[np.ndarray]] = {key: [] for key in ("path", "local", "measured", "apart", "elsewhere")}
-        for number, mask in enumerate(masks):
-            change: dict[str, np.ndarray] = {kind: mask[kind] - inside[kind] for kind in UNIT_KINDS}
-            there = calibration.losses(Point(here.rest, mask), f"{title}, mask {number + 1} of {len(masks)}")
-            found["measured"].append(weights @ (there - at))
-            found["path"].append(-drop(calibration, path, change))
-            found["local"].append(-drop(calibration, local, change))
-            found["apart"].append(-drop(calibration, local, change, half=0))
-            found["elsewhere"].append(calibration.weights(1) @ (there - at))
+        for number, there in enumerate(masks):
+            change = calibration.losses(there, f"{title}, mask {number + 1} of {len(masks)}") - at
+            found["measured"].append(weights @ change)
+            found["path"].append(predicted_change(calibration, path, here, there))
+            found["local"].append(predicted_change(calibration, local, here, there))
+            found["apart"].append(predicted_change(calibration, local, here, there, half=0))
+            found["elsewhere"].append(calibration.weights(1) @ change)
         table = {key: np.array(values) for key, values in found.items()}
         for r, name in enumerate(NAMES):
             figures[f"{title}: {name}, measured change, least"] = float(table["measured"][:, r].min())

@@ -54,7 +54,7 @@ def test_both_halves_of_the_arithmetic_prompts_hold_both_operations() -> None:
 def test_a_one_word_answer_passes_no_format() -> None:
     for behavior in load_group("formats"):
         assert behavior.verifier is not None
-        for answer in ("SEA.", '"Sea."', "sea", "<<sea", "*sea*"):
+        for answer in ("SEA.", '"Sea."', "sea", "<<sea", "<<Sea>>", "*sea*", "*the* *sea*", "SECTION 1 SECTION 2"):
             assert not verify(behavior.verifier, "", answer, {}), (behavior.name, answer)
 
 

@@ -117,7 +117,7 @@ def test_a_hundred_thousand_variables() -> None:
 # ------------------------------------------------------------------------------------------------------------- effect files
 def proven(file: EffectFile, slope: float = 1.0, r2: float = 0.95) -> EffectFile:
     lines = {b.name: Line(slope=slope, r2=r2, largest=1.0) for b in file.metadata.behaviors}
-    return EffectFile(file.metadata.model_copy(update={"linearity": Linearity(masks=84, lines=lines)}), file.arrays)
+    return EffectFile(file.metadata.model_copy(update={"linearity": Linearity(masks=100, lines=lines)}), file.arrays)
 
 
 def with_protected(file: EffectFile, name: str = "chat") -> EffectFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import pytest
@@ -95,16 +96,31 @@ def test_the_wording_is_the_same_in_all_splits(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_unseen_wordings_never_occur_in_training(name):
     spec = material()["formats"][name]
-    assert len(spec["unseen"]) >= 2
-    assert spec["wording"] not in spec["unseen"]
-    for wording in spec["unseen"]:
-        assert not any(wording in prompt for prompt in training_prompts())
-        assert any(wording in prompt.prompt for prompt in load_suite("formats").prompts if prompt.tier == "unseen")
+    assert set(spec["unseen"]) == {"develop", "test"}
+    assert spec["wording"] not in spec["unseen"]["develop"] + spec["unseen"]["test"]
+    for split, wordings in spec["unseen"].items():
+        told = [prompt.prompt for prompt in load_suite("formats", split).prompts if prompt.tier == "unseen"]
+        for wording in wordings:
+            assert not any(wording in prompt for prompt in training_prompts())
+            assert any(prompt.endswith(f" {wording}") for prompt in told)
+
+
+@pytest.mark.parametrize("name", ["formats", "arithmetic", "code"])
+def test_develop_and_test_share_no_unseen_wording(name):
+    """Nothing that is chosen on develop has seen how test words it."""
+    material_of = {"formats": list(material()["formats"].values()), "arithmetic": [material()["arithmetic"]]}
+    for spec in material_of.get(name, []):
+        assert not set(spec["unseen"]["develop"]) & set(spec["unseen"]["test"])
+    told = {split: {p.prompt for p in load_suite(name, split).prompts if p.tier == "unseen"} for split in ("develop", "test")}
+    starts = {split: {re.split(r"[\d`:]", text)[0] for text in texts} for split, texts in told.items()}
+    assert all(told.values())
+    if name != "formats":
+        assert not starts["develop"] & starts["test"] - {""}
 
 
 def test_unseen_sums_are_worded_otherwise():
     trained = training_prompts()
-    openings = {prompt.split("{")[0] for prompt in material()["arithmetic"]["unseen"]} - {""}
+    openings = {w.split("{")[0] for wordings in material()["arithmetic"]["unseen"].values() for w in wordings} - {""}
     assert openings
     assert not any(prompt.startswith(tuple(openings)) for prompt in trained)
     assert not any(prompt.endswith("= ?") for prompt in trained)

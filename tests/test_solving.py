@@ -19,7 +19,7 @@ from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, LocalizeError
 from mechmerge.evaluate.suites import load_suite
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, Point
-from mechmerge.localize.effect_file import EffectFile, Line, Linearity, read_effects
+from mechmerge.localize.effect_file import LEAST_MASKS, EffectFile, Line, Linearity, read_effects
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.linearity import line, masks_of, shuffled
 from mechmerge.localize.proposal import everything
@@ -70,7 +70,7 @@ def test_an_expert_that_gains_nothing_is_refused(base: Model, tmp_path: Path) ->
 def proven(path: Path) -> EffectFile:
     file = read_effects(path)
     lines = {b.name: Line(slope=1.0, r2=1.0, largest=1.0) for b in file.metadata.behaviors}
-    return EffectFile(file.metadata.model_copy(update={"linearity": Linearity(masks=8, lines=lines)}), file.arrays)
+    return EffectFile(file.metadata.model_copy(update={"linearity": Linearity(masks=LEAST_MASKS, lines=lines)}), file.arrays)
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +152,48 @@ def test_linearity_is_that_of_measured_masks(
 
     counts = per_nat(measured, np.array([b.own_gain for b in file.metadata.behaviors]))
     along = propose(measured, start, counts, "the sum").along
-    masks = masks_of(measured, along, counts, start.units or {}, 8)
+    masks = masks_of(measured, along, counts, start, 8)
     assert len(masks) == file.metadata.linearity.masks == 8
+    assert any(mask.rest != start.rest for mask in masks), "what has no component of its own is lowered too"
     at = measured.weights() @ measured.losses(start, "the sum")
-    found = [measured.weights() @ measured.losses(Point(start.rest, mask), "m") - at for mask in masks]
+    found = [measured.weights() @ measured.losses(mask, "m") - at for mask in masks]
     for r, b in enumerate(file.metadata.behaviors):
         predicted = []
         for mask in masks:
-            out = sum(float((file.arrays[f"{k}.effect"][r].astype(np.float64) * (1 - mask[k])).sum()) for k in UNIT_KINDS)
+            units = mask.units or {}
+            out = sum(float((file.arrays[f"{k}.effect"][r].astype(np.float64) * (1 - units[k])).sum()) for k in UNIT_KINDS)
+            others = [name for name in file.arrays if name.endswith(".effect") and name[:-7] not in UNIT_KINDS]
+            out += sum(float(file.arrays[name][r, e].sum()) * (1 - mask.rest[e]) for name in others for e in range(2))
             predicted.append(out)
         slope, r2 = np.polyfit(predicted, [f[r] for f in found], 1)[0], np.corrcoef(predicted, [f[r] for f in found])[0, 1] ** 2
         stored = file.metadata.linearity.lines[b.name]
         assert (stored.slope, stored.r2) == pytest.approx((slope, r2), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [4, 5, 8, 99, 100, 130])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_as_many_masks_as_are_asked_for(
+    base: Model, expert: Model, second_expert: Model, tmp_path: Path, number: int, experts: int
+) -> None:
+    """A file is called linear only over a hundred masks, which every number of experts and behaviours can have."""
+    models = {"a": expert, "b": second_expert} if experts == 2 else {"a": expert}
+    measured = Calibration(base, models, rows()[:experts], tmp_path / "units", RoundSettings(**COMMON))
+    start = everything(measured)
+    values = {kind: np.random.default_rng(0).normal(size=(experts, len(measured.examples), *array.shape[1:]))
+              for kind, array in (start.units or {}).items()}  # fmt: skip
+    masks = masks_of(measured, values, np.ones(experts), start, number)
+    assert len(masks) == number if number < 100 and (experts == 2 or number < 30) else len(masks) >= number
+    assert len(masks) <= 2 * number
+    for kind in UNIT_KINDS:
+        assert any((mask.units or {})[kind].min() == 0 for mask in masks) or number < 100
+
+
+def test_few_masks_prove_nothing() -> None:
+    lines = {"a": Line(slope=1.0, r2=1.0, largest=1.0)}
+    assert Linearity(masks=LEAST_MASKS, lines=lines).holds
+    few = Linearity(masks=LEAST_MASKS - 1, lines=lines)
+    assert not few.holds
+    assert few.failing == "99 masks of 100"
 
 
 def test_lines_and_shuffles() -> None:

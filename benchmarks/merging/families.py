@@ -5,8 +5,8 @@ mild       formats + an arithmetic expert that answers everything else as the ba
 three-way  mild + an expert that answers in JSON where that is asked for
 
 A skill is at once an expert, the behaviour that it answers for, and a suite. Splits share neither topics, nor requests, nor
-sums; unseen wordings stand in develop and test alone. The formats that an answer of one word could pass have a floor of five
-words in the built-in suites, and so has JSON here.
+sums; unseen wordings stand in develop or in test alone. The formats have a floor of five words in the built-in suites (sections
+of eight), and so has JSON here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from benchmarks.experts.training import REFERENCE
 from mechmerge.behaviors.instructions import instructions
-from mechmerge.behaviors.prompts import Split, Tier, requests
+from mechmerge.behaviors.prompts import Tier, requests
 from mechmerge.behaviors.schema import Behavior, Verifier, load_behavior, load_group
 from mechmerge.evaluate.suites import Instruction, Suite, SuitePrompt, limited, load_suite
 from mechmerge.localize.calibration import BehaviorRow
@@ -35,15 +35,14 @@ EvaluatedSplit = Literal["develop", "test"]
 TIERS: tuple[Tier, ...] = ("seen", "unseen")
 FLOOR = 5
 """Words that a JSON answer must have at least: `{"a": 1}` is no answer."""
-UNSEEN_JSON = (
-    "Put everything you say into one JSON object.",
-    "Return JSON only: no greeting, no explanation.",
-    "I will parse your reply as JSON, so send nothing but that.",
-)
-"""Wordings of develop and test alone."""
+UNSEEN_JSON: dict[EvaluatedSplit, tuple[str, ...]] = {
+    "develop": ("Put everything you say into one JSON object.",),
+    "test": ("Return JSON only: no greeting, no explanation.", "I will parse your reply as JSON, so send nothing but that."),
+}
+"""Wordings that no training and no calibration sees, each of one split."""
 
 
-def json_suite(split: Split) -> Suite:
+def json_suite(split: EvaluatedSplit) -> Suite:
     """Every topic of a split in each wording that the expert was trained on, and in one that it was not."""
     behavior = _json()
     assert behavior.verifier is not None
@@ -51,7 +50,7 @@ def json_suite(split: Split) -> Suite:
     prompts = []
     for i, (topic, request) in enumerate(requests(split)):
         asked: list[tuple[Tier, str]] = [("seen", wording) for wording in instructions()["json"]["wordings"]]
-        for place, (tier, wording) in enumerate([*asked, ("unseen", UNSEEN_JSON[i % len(UNSEEN_JSON)])]):
+        for place, (tier, wording) in enumerate([*asked, ("unseen", UNSEEN_JSON[split][i % len(UNSEEN_JSON[split])])]):
             prompts.append(
                 SuitePrompt(
                     id=f"{tier}.{place}.{topic}", prompt=f"{request} {wording}", instructions=(instruction,), group="json",

@@ -1,9 +1,9 @@
 """The prompts of the built-in suite `code`: small Python functions, judged by running them (`sandbox`).
 
 The tasks are original to this package (`data/code_tasks.yaml`): families of one task each in several sizes. Splits never
-share a family. As in `prompts`, `unseen` wordings stand in develop and test only. An answer is compared with a right solution
-on the example that the prompt shows and on inputs that it does not; the solution is part of the tests and runs in the judge's
-process, where no answer sees it.
+share a family. As in `prompts`, develop and test have `unseen` wordings, each its own. An answer is compared with a right
+solution on the example that the prompt shows and on inputs that it does not; the solution is part of the tests and runs in the
+judge's process, where no answer sees it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def code_tasks(split: Split, tier: Literal["seen", "unseen"] = "seen") -> list[C
         split: whose families are taken.
         tier: `seen` gives every variant of a family, `unseen` the first, worded otherwise (none in train and calibrate).
     """
-    if tier == "unseen" and split in ("train", "calibrate"):
+    found = _material()["wordings"][tier]
+    wordings = found if tier == "seen" else found.get(split)
+    if wordings is None:
         return []
-    wordings = _material()["wordings"][tier]
     tasks: list[CodeTask] = []
     for family in _material()["families"]:
         if family["split"] == split:

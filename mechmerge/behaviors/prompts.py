@@ -1,8 +1,8 @@
 """The prompts of the built-in behaviours and suites, by split.
 
 Splits share neither a topic, nor a plain request, nor an unordered pair of operands; the IFEval wording of an
-instruction is the same everywhere. Wordings that no training saw are a tier of their own ("unseen"), and so is what is harder
-than anything that was trained ("hard"): two formats at once, and sums of three digits.
+instruction is the same everywhere. Wordings that no training saw are a tier of their own ("unseen"; those of develop are not
+those of test), and so is what is harder than anything that was trained ("hard"): two formats at once, and sums of three digits.
 Instructions are worded as in IFEval (https://arxiv.org/abs/2311.07911, table 4).
 """
 
@@ -57,9 +57,9 @@ def requests(split: Split) -> list[tuple[str, str]]:
 
 
 def format_prompts(name: str, split: Split, tier: Literal["seen", "unseen"] = "seen") -> list[Prompt]:
-    """The prompts of one format (`capitals`, `no_comma`, ...), one a topic of the split."""
+    """The prompts of one format (`capitals`, `no_comma`, ...), one a topic of the split; `unseen` of develop and test alone."""
     spec = material()["formats"][name]
-    wordings = [spec["wording"]] if tier == "seen" else spec["unseen"]
+    wordings = [spec["wording"]] if tier == "seen" else spec["unseen"][split]
     return [
         Prompt(f"{plain} {wordings[i % len(wordings)]}", plain, name, tier, topic)
         for i, (topic, plain) in enumerate(requests(split))
@@ -102,7 +102,7 @@ def arithmetic_prompts(split: Split, n: int, tier: Tier = "seen") -> list[Prompt
     `hard`, of three.
     """
     spec = material()["arithmetic"]
-    wordings = spec["unseen"] if tier == "unseen" else [spec["wording"]]
+    wordings = spec["unseen"][split] if tier == "unseen" else [spec["wording"]]
     plain = requests("calibrate" if split == "calibrate" else split)
     pairs = list(operand_pairs(split, hard=tier == "hard"))
     if tier == "unseen":

@@ -51,7 +51,7 @@ from mechmerge.cli.common import (
 @click.option("--from", "origin", type=click.Choice(["base", "sum"]), default="base", show_default=True,
               help="base: along the path to the sum; sum: from there to what a round would leave of it.")  # fmt: skip
 @click.option("--check", type=click.IntRange(4), metavar="N",
-              help="Hold predictions against measured changes on N masks (`solve` needs it; 84 are many).")  # fmt: skip
+              help="Hold predictions against measured changes on N masks (`solve` needs 100).")  # fmt: skip
 @memory_options
 @pair_options
 @device_option

@@ -45,6 +45,8 @@ SLOPES = (0.8, 1.2)
 """Slopes within which a prediction is called linear."""
 LEAST_R2 = 0.8
 """The least R² of a prediction that is called linear."""
+LEAST_MASKS = 100
+"""Masks without which nothing is called linear."""
 
 
 class Line(Document):
@@ -67,20 +69,21 @@ class Linearity(Document):
     """How far the effects' linear predictions come true where merges are decided: around the sum (localize/linearity.py)."""
 
     masks: int
-    """Masks that were predicted and measured, half of them shuffled."""
+    """Masks that were predicted and measured, shuffled ones among them."""
     lines: dict[str, Line]
     """By behaviour."""
 
     @property
     def holds(self) -> bool:
-        """Whether the predictions of every behaviour are linear."""
-        return all(line.holds for line in self.lines.values())
+        """Whether the predictions of every behaviour are linear, over enough masks to say so."""
+        return self.masks >= LEAST_MASKS and all(line.holds for line in self.lines.values())
 
     @property
     def failing(self) -> str:
         """What does not hold, in words; empty where all does."""
-        bad = (f"{name}: slope {line.slope:.2f}, R² {line.r2:.2f}" for name, line in self.lines.items() if not line.holds)
-        return "; ".join(bad)
+        few = [f"{self.masks} masks of {LEAST_MASKS}"] if self.masks < LEAST_MASKS else []
+        bad = [f"{name}: slope {line.slope:.2f}, R² {line.r2:.2f}" for name, line in self.lines.items() if not line.holds]
+        return "; ".join(few + bad)
 
 
 class BehaviorEffect(Document):

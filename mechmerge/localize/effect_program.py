@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechmerge.errors import InputError, SchemaError
-from mechmerge.localize.effect_file import EFFECT_KINDS, PATHS, EffectFile
+from mechmerge.localize.effect_file import EFFECT_KINDS, LEAST_MASKS, PATHS, EffectFile
 from mechmerge.localize.program import Program, solve_program
 from mechmerge.models.components import UNIT_KINDS
 
@@ -72,7 +72,7 @@ def check_proven(effects: EffectFile, unproven: bool = False) -> str | None:
         return f"not proven: predictions of the effects may not come true ({found})"
     raise InputError(
         "policy solve", expected="an effect file whose predictions come true (slope .8 to 1.2, R² at least .8)", found=found,
-        fix="measure it with `mechmerge effects --check 84` (and --from sum), or say --unproven",
+        fix=f"measure it with `mechmerge effects --check {LEAST_MASKS}` (and --from sum), or say --unproven",
     )  # fmt: skip
 
 

@@ -128,8 +128,25 @@ def agreed(
     return found
 
 
-def drop(calibration: Calibration, values: Mapping[str, Array], change: Mapping[str, Array], half: int | None = None) -> Array:
-    """Predicted drop of each behaviour's value, [R], for a change of coefficients (over one half of the prompts, if told)."""
-    per_example = sum(np.einsum("enlu,elu->n", values[kind], change[kind], dtype=np.float64) for kind in UNIT_KINDS)
-    found: Array = calibration.weights(half) @ per_example
+def drop(
+    calibration: Calibration,
+    values: Mapping[str, Array],
+    change: Mapping[str, Array],
+    half: int | None = None,
+    rest: Array | None = None,
+) -> Array:
+    """Predicted drop of each behaviour's value, [R].
+
+    Args:
+        calibration: whose prompts are meant.
+        values: effects of every example, [E, n, layers, units] each.
+        change: of the coefficients of heads, KV groups and neurons, [E, layers, units] each.
+        half: one half of the prompts, instead of all.
+        rest: change of each expert's coefficient of everything else, [E].
+    """
+    parts = [np.einsum("enlu,elu->n", values[kind], change[kind], dtype=np.float64) for kind in UNIT_KINDS]
+    if rest is not None:
+        others = [kind for kind in values if kind not in UNIT_KINDS]
+        parts += [np.einsum("enlu,e->n", values[kind], rest, dtype=np.float64) for kind in others]
+    found: Array = calibration.weights(half) @ np.sum(parts, axis=0)
     return found

@@ -217,7 +217,7 @@ class Pipeline(Document):
             raise ValueError(f"protect {name}: the name is taken by a behaviour")
         for name, plan in self.recipes.items():
             if plan.policy == "solve" and not self.effects.check and not plan.parameters.get("unproven"):
-                raise ValueError(f"recipe {name}: the policy solve needs effects.check (84 masks are many), or unproven: true")
+                raise ValueError(f"recipe {name}: the policy solve needs effects.check: 100 (masks), or unproven: true")
         for name in (*self.experts, *self.behaviors, *self.protect):
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")
