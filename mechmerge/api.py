@@ -346,7 +346,7 @@ def merge(
 
     Args:
         recipe: `recipe.yaml`; a path, or an `hf://` reference.
-        out: the new folder; where it already holds the model of this recipe nothing is done.
+        out: the new folder; where it already holds the model of this recipe it is only verified.
         models: where models lie, by `base`, an expert's name or its reference (default: where they last were).
         expert: write only this expert of the recipe, masked, as a model of its own.
         engine: `direct`, our writer, for recipes of coefficients; `mergekit` for any recipe; `auto`: direct where possible.

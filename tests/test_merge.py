@@ -475,6 +475,9 @@ def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: P
     assert "finite" in damaged("nan", lambda t: t[norm].fill_(float("nan")))
     assert "formula" in damaged("value", lambda t: t[norm][0].add_(1))
     assert "formula" in damaged("first layer", lambda t: t["model.layers.0.mlp.down_proj.weight"][0, 0].add_(1))
+    rows = "model.embed_tokens.weight"
+    assert "formula" in damaged("one value between", lambda t: t[rows][7, 3].add_(1))
+    assert "formula" in damaged("left as it was", lambda t: t[rows].copy_(one.tensor(rows)))
     assert "the base's values" in damaged("untouched", lambda t: t[f"{layers}1.mlp.up_proj.weight"][3, 4].add_(1))
     assert "expert e's values" in damaged("copied", lambda t: t[f"{layers}2.self_attn.o_proj.weight"][5, 9].add_(1))
     assert "tokenizer.json" in damaged("tokenizer", files=lambda f: (f / "tokenizer.json").unlink())
@@ -486,6 +489,30 @@ def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: P
         (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
 
     assert "context = 512" in damaged("context", files=other_context)
+
+
+def test_what_is_there_already_is_verified_too(base: Model, expert: Model, tmp_path: Path) -> None:
+    """OUT may have been written without verification, by another engine, or have been damaged since."""
+    file = written(tmp_path, base, {"e": expert}, random_masks(base, {"e": expert}))
+    out = tmp_path / "out"
+    merge(file, out, check=False)
+    state = load_file(out / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    merge(file, out, check=False)
+    with pytest.raises(InputError, match=r"the model of this very recipe; found .*up_proj.*; remove it, or name another"):
+        merge(file, out)
+    assert out.exists(), "it may be somebody's"
+    whole = tmp_path / "whole"
+    merge(written(whole, base, {"e": expert}), whole / "out", engine="mergekit")
+    merge(whole / "recipe.yaml", whole / "out", engine="mergekit")
+    merge(whole / "recipe.yaml", whole / "out")  # either engine's will do
+    changed = load_file(whole / "out" / "model.safetensors")
+    changed["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
+    save_file(changed, whole / "out" / "model.safetensors", {"format": "pt"})
+    for engine in ("auto", "mergekit", "direct"):
+        with pytest.raises(InputError, match="up_proj"):
+            merge(whole / "recipe.yaml", whole / "out", engine=engine)
 
 
 def test_a_tokenizer_with_tokens_without_a_row(base: Model, expert: Model, tmp_path: Path) -> None:

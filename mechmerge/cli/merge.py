@@ -37,7 +37,7 @@ def command(
     """Carry out RECIPE (recipe.yaml) and write the merged model to the new folder OUT.
 
     RECIPE is a path, or a file on the Hub: hf://owner/name[@revision]/mechmerge/recipe.yaml.
-    OUT appears complete and verified, or not at all; where it already holds the model of this recipe nothing is done.
+    OUT appears complete and verified, or not at all; where it already holds the model of this recipe it is only verified.
     """
     from mechmerge.cli.models import open_folders
 

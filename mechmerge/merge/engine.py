@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from mechmerge.artifacts import atomic_folder, drop_lock, is_new, lock, to_yaml
-from mechmerge.errors import InputError, PairError
+from mechmerge.errors import InputError, MechmergeError, PairError
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
 from mechmerge.models.adapters import copy_side_files
@@ -21,7 +21,7 @@ from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, ModelId, find
 from mechmerge.progress import SILENT, Progress
-from mechmerge.recipe.coefficients import coefficients
+from mechmerge.recipe.coefficients import Coefficients, coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 
@@ -42,7 +42,7 @@ def merge(
 ) -> None:
     """Merges: writes the model that a recipe describes to `out`, with the recipe and its masks beside the weights.
 
-    Nothing is done where `out` already holds the model of this recipe.
+    Nothing is written where `out` already holds the model of this recipe; it is verified there.
 
     Args:
         recipe_file: `recipe.yaml`, its masks beside it.
@@ -51,7 +51,7 @@ def merge(
         progress: told about what is written and verified.
         expert: merge only this expert of the recipe: base + c ⊙ (expert − base), for use with other tools.
         engine: who computes.
-        check: whether the written model is verified (`merge/verify.py`) before it appears.
+        check: whether the written model is verified (`merge/verify.py`) before it appears, and one that is there already.
 
     Raises:
         InputError: the recipe does not fit the models or the engine, or `out` holds something else.
@@ -63,15 +63,19 @@ def merge(
     if expert is not None:
         recipe, masks = restrict(recipe, masks, expert)
     direct = _is_direct(recipe, engine)
-    if _done(recipe_file, recipe, masks, out, expert is not None):
+    there = _done(recipe_file, recipe, masks, out, expert is not None)
+    if there and not check:
         drop_lock(_lock_of(out))
-        progress.note(f"{out} already holds the model of this recipe")
+        progress.note(f"{out} already holds the model of this recipe; it is not verified")
         return
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
-    base, experts = open_models(recipe, models or {}, finite=not direct)
+    base, experts = open_models(recipe, models or {}, finite=not (direct or there))
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
     with lock(_lock_of(out), f"merged model {out}"):
-        if _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
+        if there or _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
+            if check:
+                engines = (True, False) if engine == "auto" and direct else (direct,)
+                _verify_again(out, base, recipe.out_dtype, experts, found, engines, progress)
             return
         with atomic_folder(out) as partial:
             watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
@@ -87,6 +91,31 @@ def merge(
                 progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
             for watch in watches:
                 watch.check()
+
+
+def _verify_again(
+    out: Path,
+    base: Checkpoint,
+    out_dtype: str,
+    experts: Mapping[str, Checkpoint],
+    found: Coefficients | None,
+    engines: Sequence[bool],
+    progress: Progress,
+) -> None:
+    """Verifies a model that was there before, as one that the direct writer wrote, or mergekit did (`engines`)."""
+    for direct in engines:
+        try:
+            equal, changed = verify(out, base, out_dtype, experts, found, direct=direct, progress=progress)
+        except MechmergeError as error:
+            failure = error
+        else:
+            progress.note(
+                f"{out} already holds the model of this recipe: verified, {changed} tensors changed, {equal} the base's"
+            )
+            return
+    raise InputError(
+        str(out), expected="the model of this very recipe", found=f"another one: {failure}", fix="remove it, or name another"
+    )
 
 
 def _lock_of(out: Path) -> Path:

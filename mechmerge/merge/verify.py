@@ -1,16 +1,18 @@
 """Verification of a written model: every tensor is accounted for, and nothing is believed (mergekit logs some failures and goes
 on).
 
-It reads the written weights once and the base's once. The expensive part, the formula computed anew by its plain twin, is kept
-to the first and the last layer and the final norm; everywhere else it is checked that what no expert touches is the base's,
-value for value (which is stronger than equal digests), that what one expert alone gives is that expert's where the direct
-writer wrote it, and that everything is finite.
+It reads the written weights and the parents'. Every element is held against the recipe: what no expert touches is the base's,
+what one expert alone gives is that expert's where the direct writer wrote it, everything else is what the formula gives; to the
+bit where the direct writer wrote it, which is stronger than equal digests. Which coefficient belongs to which row or column is
+read once more, element by element and component after component, by the formula's plain twin (merge/reference.py), which is
+slow: in the first and the last layer and the final norm.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,8 @@ import numpy as np
 import torch
 
 from mechmerge.errors import CheckpointError, MechmergeError
-from mechmerge.merge.arithmetic import as_run, is_finite, take
-from mechmerge.merge.cuts import copied_from, cut_of
+from mechmerge.merge.arithmetic import BITS, Index, along, as_run, is_finite, take
+from mechmerge.merge.cuts import BASE, Cut, copied_from, cut_of
 from mechmerge.merge.mapped import Mapped
 from mechmerge.merge.reference import direct_tensor, merged_tensor
 from mechmerge.models.adapters import SIDE_FILES
@@ -34,7 +36,7 @@ STEP = 1 << 22
 
 
 class Accounted(NamedTuple):
-    """What verification found: tensors that are the base's (as the output dtype holds it), and tensors with other values."""
+    """What verification found: tensors that are the base's, value for value (as the output dtype holds it), and others."""
 
     equal: int
     changed: int
@@ -53,9 +55,9 @@ def verify(
     """Checks a merged model against its base and its recipe.
 
     Every tensor of the base is there with its shape, in the output dtype and finite, and no other; the tied head is not a
-    second tensor; what no expert enters is the base's; the tensors of the first and last layer and the final norm are those
-    that the formula gives; tokenizer, chat template and generation settings are the base's, byte for byte, and every token has
-    a row; positions (RoPE, context) are the base's; transformers builds the model, finds all its parameters, and generates.
+    second tensor; what no expert enters is the base's, and everything else what the formula gives; tokenizer, chat template
+    and generation settings are the base's, byte for byte, and every token has a row; positions (RoPE, context) are the
+    base's; transformers builds the model, finds all its parameters, and generates.
 
     Args:
         folder: the written model.
@@ -86,9 +88,8 @@ def verify(
                 raise MechmergeError(where, expected=out_dtype, found=str(ours.dtype(name)))
             _check_finite(name, ours, [one, *others.values()], where)
             if found is not None:
-                equal += _account(name, ours, one, others, found, direct, where)
-            else:
-                equal += all(torch.equal(a, b) for a, b in _steps(ours.matrix(name), one.matrix(name)))
+                _account(name, ours, one, others, found, direct, where)
+            equal += all(torch.equal(a, b) for a, b in _steps(ours.matrix(name), one.matrix(name)))
             if found is not None and name in sample:
                 expected = (
                     direct_tensor(name, base, given, found, torch_dtype(out_dtype))
@@ -105,14 +106,22 @@ def verify(
     return Accounted(equal, len(merged.entries) - equal)
 
 
-def _steps(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def _steps(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same rows of some matrices, a few at a time, in the first one's dtype."""
     rows, columns = tensors[0].shape
     step, dtype = max(1, STEP // max(columns, 1)), tensors[0].dtype
-    return [
-        tuple(t[first : first + step] if t.dtype == dtype else t[first : first + step].float().to(dtype) for t in tensors)
-        for first in range(0, rows, step)
-    ]
+    for first in range(0, rows, step):
+        yield tuple(_as(tensor[first : first + step], dtype) for tensor in tensors)
+
+
+def _as(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values in a dtype, through float32, as everything is rounded."""
+    return values if values.dtype == dtype else values.float().to(dtype)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    bits = BITS[one.dtype]
+    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
 def _check_finite(name: str, ours: Mapped, parents: list[Mapped], where: str) -> None:
@@ -130,22 +139,39 @@ def _check_finite(name: str, ours: Mapped, parents: list[Mapped], where: str) ->
 
 def _account(
     name: str, ours: Mapped, one: Mapped, others: Mapping[str, Mapped], found: Coefficients, direct: bool, where: str
-) -> bool:
-    """Checks the parts of a tensor that must be a parent's own; returns whether all of it is the base's."""
+) -> None:
+    """Holds every element of a tensor against the recipe."""
     base = one.checkpoint
     cut = cut_of(name, base.shapes[name], base.layout.owners()[name], found, list(others))
-    who = copied_from(cut.values)
-    for k, (label, parent) in enumerate([("the base", one), *((f"expert {n}", expert) for n, expert in others.items())], -1):
+    mine, start, parents = ours.matrix(name), one.matrix(name), [expert.matrix(name) for expert in others.values()]
+    who, same = copied_from(cut.values), _same_bits if direct else torch.equal
+    if not direct:  # mergekit copies nothing; of what no expert enters it may change the sign of a zero
+        who = np.where(who == BASE, BASE, BASE - 1)
+    step = max(1, STEP // max(cut.columns if cut.dim == 0 else cut.rows, 1))
+    for k in np.unique(who):
         index = np.flatnonzero(who == k)
-        if not index.size or (k >= 0 and not direct):
-            continue
-        step = max(1, STEP // max(cut.columns if cut.dim == 0 else cut.rows, 1))
         for first in range(0, index.size, step):
             part = as_run(index[first : first + step])
-            written, given = take(ours.matrix(name), part, cut.dim), take(parent.matrix(name), part, cut.dim)
-            if not torch.equal(written, given if given.dtype == written.dtype else given.float().to(written.dtype)):
-                raise MechmergeError(where, expected=f"{label}'s values where the recipe takes them", found="other values")
-    return cut.untouched
+            if k >= BASE:
+                whose = "the base's" if k == BASE else f"expert {list(others)[k]}'s"
+                expected = take(start if k == BASE else parents[k], part, cut.dim)
+            else:
+                whose, expected = "", _formula(start, parents, cut, part, direct)
+            if not same(take(mine, part, cut.dim), _as(expected, mine.dtype)):
+                what = f"{whose} values where the recipe takes them" if whose else "what the recipe's formula gives"
+                raise MechmergeError(where, expected=what, found="other values")
+
+
+def _formula(start: torch.Tensor, parents: Sequence[torch.Tensor], cut: Cut, part: Index, direct: bool) -> torch.Tensor:
+    """base + Σ c × (expert − base) of some rows or columns in float32; the direct writer leaves out experts whose c is 0."""
+    base = take(start, part, cut.dim).float()
+    terms = []
+    for values, parent in zip(cut.values, parents, strict=True):
+        share = along(values[part], cut.dim)
+        term = share * (take(parent, part, cut.dim).float() - base)
+        # −0.0 is what can be added without changing a bit: not even +0.0 is.
+        terms.append(torch.where(share != 0, term, -0.0) if direct else term)
+    return base + functools.reduce(torch.add, terms)
 
 
 def _sample(base: Checkpoint) -> set[str]:
