@@ -56,14 +56,19 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + ("+changes" if dirty else "")
 
 
-def finish(name: str, figures: dict[str, Any], goals: dict[str, Goal], save: bool, quick: bool = False) -> None:
+def saved(name: str, quick: bool = False, part: str = "") -> Path:
+    """Where today's figures of a benchmark are kept, without an ending; `part` says which part of it was run."""
+    return RESULTS / "-".join([name, *filter(None, [part, "quick" if quick else ""]), time.strftime("%Y-%m-%d")])
+
+
+def finish(name: str, figures: dict[str, Any], goals: dict[str, Goal], save: bool, quick: bool = False, part: str = "") -> None:
     """Prints figures and goals, saves if asked, and exits 1 when a goal is missed; one whose figure is absent is missed."""
     met = all(figure in figures and goal.met(float(figures[figure])) for figure, goal in goals.items())
     for figure, value in figures.items():
         goal = goals.get(figure)
         verdict = "" if goal is None else f"   goal {goal}: {'met' if goal.met(float(value)) else 'MISSED'}"
         print(f"{figure:44s} {value if not isinstance(value, float) else f'{value:.4g}'}{verdict}")
-    for figure in goals.keys() - figures.keys():
+    for figure in filter(lambda name: name not in figures, goals):
         print(f"{figure:44s} absent   goal {goals[figure]}: MISSED")
     record = {
         "name": name,
@@ -76,7 +81,8 @@ def finish(name: str, figures: dict[str, Any], goals: dict[str, Goal], save: boo
         "cpu": processor(),
     }
     if save:
-        path = RESULTS / f"{name}{'-quick' if quick else ''}-{time.strftime('%Y-%m-%d')}.json"
+        kept = saved(name, quick, part)
+        path = kept.with_name(f"{kept.name}.json")
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(record, ensure_ascii=False))

@@ -1,31 +1,31 @@
-"""The merging benchmark's arithmetic, its choices, its bookkeeping, and that it goes on where it stopped."""
+"""The merging benchmark's arithmetic, its models, its bookkeeping, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from benchmarks.experts.data import arithmetic_examples, json_examples, plain_arithmetic_examples, whole_sentences
 from benchmarks.experts.training import train
 from benchmarks.merging import arms, steps
-from benchmarks.merging.__main__ import main
 from benchmarks.merging.families import FAMILIES, FLOOR, UNSEEN_JSON, json_suite, members, suites
-from benchmarks.merging.gains import Board, pooled, rate
-from benchmarks.merging.report import by_group, gather, judged
-from benchmarks.merging.study import QUICK, Paused, Sizes, Study, best_of
+from benchmarks.merging.gains import Board
+from benchmarks.merging.study import Paused, Sizes, Study, best_of
 from benchmarks.merging.tuning import (
     NODES_A_ROUND,
     Cost,
     Sample,
     batches,
+    cost_of_effects,
     cost_of_rounds,
     steps_of,
     tune,
@@ -35,15 +35,15 @@ from mechmerge.behaviors.instructions import instructions
 from mechmerge.behaviors.schema import Behavior, Pair
 from mechmerge.behaviors.verifiers import verify
 from mechmerge.errors import InputError
-from mechmerge.evaluate.assembly import assemble, suite_done, suite_record
 from mechmerge.evaluate.columns import Column
-from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.evaluate.statistics import retained
+from mechmerge.localize import rounds, rounds_file
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings
 from mechmerge.localize.effect_file import EffectFile
+from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.models.load import load_model
-from mechmerge.models.references import Model, ModelId, resolve
+from mechmerge.models.references import Model, resolve
 from mechmerge.progress import NullProgress
 from mechmerge.recipe.schema import read_recipe
 from tests import measured
@@ -358,25 +358,83 @@ def small_rows(names: Sequence[str] = ("a", "b")) -> list[BehaviorRow]:
 
 
 class Counting(NullProgress):
-    """Counts what is measured."""
+    """Counts the examples that are measured, by the first word of what is measured; what is kept already is not again."""
 
     def __init__(self) -> None:
-        self.labels: list[str] = []
+        self.label, self.examples = "", Counter[str]()
 
     def start(self, label: str, total: int) -> None:
-        self.labels.append(label)
+        self.label = label.split()[0]
+
+    def advance(self, n: int = 1) -> None:
+        self.examples[self.label] += n
 
 
 def test_rounds_are_charged_what_they_measure(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
     seen = Counting()
     settings = RoundSettings(prompts=4, dtype="float32", max_rounds=2)
     file = settle(base, {"a": expert, "b": second_expert}, small_rows(), tmp_path / "rounds.safetensors", settings, seen)
-    cost, answers = cost_of_rounds(file.metadata), sum(b.answers for b in file.metadata.behaviors)
+    cost, answers = cost_of_rounds(file.metadata, max_rounds=2), sum(b.answers for b in file.metadata.behaviors)
     assert answers == 8
-    assert cost.nodes == answers * sum(label.startswith("effects at") for label in seen.labels)
-    assert cost.points == answers * sum(label.startswith("loss at") for label in seen.labels)
-    assert cost.nodes == answers * NODES_A_ROUND * len(file.metadata.rounds)
+    assert cost.nodes == seen.examples["effects"]
+    assert cost.points == seen.examples["loss"]
+    assert cost.nodes == answers * NODES_A_ROUND * 2
     assert cost.forward == cost.nodes * 4 + cost.points
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_round_in_which_nothing_agreed_is_charged(
+    base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """It leaves no record, but its gradients were taken."""
+    seen, asked, drop_all = Counting(), list[int](), rounds.agreed
+
+    def agreed(*arguments: Any) -> dict[str, np.ndarray]:
+        asked.append(0)
+        found = drop_all(*arguments)
+        return {kind: mask & (len(asked) < last) for kind, mask in found.items()}
+
+    monkeypatch.setattr(rounds, "agreed", agreed)
+    settings = RoundSettings(prompts=4, dtype="float32", max_rounds=3)
+    file = settle(base, {"a": expert, "b": second_expert}, small_rows(), tmp_path / "rounds.safetensors", settings, seen)
+    assert len(file.metadata.rounds) == last - 1
+    assert all(told.accepted for told in file.metadata.rounds)
+    cost = cost_of_rounds(file.metadata, max_rounds=3)
+    assert cost.nodes == seen.examples["effects"] == 8 * NODES_A_ROUND * last
+    assert cost.points == seen.examples["loss"]
+
+
+def test_a_round_that_was_taken_back_was_the_last() -> None:
+    """No further round was begun after it, nor after as many as were allowed."""
+    kept = rounds_file.RoundRecord(proposed=1, changed=1, predicted={}, realised={}, gain=1.0, accepted=True)
+    back = kept.model_copy(update={"accepted": False})
+    metadata = rounds_file.RoundsMetadata(
+        base=measured.BASE, experts={"a": measured.FIRST}, behaviors=(settled(),), rounds=(), parameters={}, dtype="float32",
+        seed=0, versions={},
+    )  # fmt: skip
+    for told, nodes in (((), 1), ((kept,), 2), ((back,), 1), ((kept, back), 2), ((kept, kept, kept, kept), 4)):
+        cost = cost_of_rounds(metadata.model_copy(update={"rounds": told}), max_rounds=4)
+        assert cost.nodes == 8 * NODES_A_ROUND * nodes
+
+
+def settled() -> rounds_file.SettledBehavior:
+    return rounds_file.SettledBehavior(
+        name="a", expert="a", weight=1, members=("a",), digests={}, answers=8, loss_base=2, loss_expert=1, loss_sum=1,
+        loss_merge=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("origin", "max_nodes", "nodes"), [("base", 6, 6), ("base", 10, 14), ("sum", 10, 5)])
+def test_effects_are_charged_what_they_measure(
+    base: Model, expert: Model, second_expert: Model, tmp_path: Path, origin: Literal["base", "sum"], max_nodes: int, nodes: int
+) -> None:
+    """An interval that was halved has cost its own two nodes as well."""
+    seen = Counting()
+    settings = EffectSettings(prompts=4, dtype="float32", tolerance=1e-12, max_nodes=max_nodes, origin=origin)
+    file = measure_effects(base, {"a": expert, "b": second_expert}, small_rows(), tmp_path / "e.safetensors", settings, seen)
+    cost = cost_of_effects(file.metadata)
+    assert cost.nodes == seen.examples["effects"] == 8 * nodes
+    assert cost.points == seen.examples["loss"]
 
 
 def test_training_costs_as_much() -> None:
@@ -563,111 +621,6 @@ def test_solutions_are_measured_at_their_budget(base: Model, tmp_path: Path) -> 
     taken = sum(float(mask.sum()) * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
     whole = sum(mask.size * measured.PARAMETERS[name.rpartition(".")[2]] for name, mask in masks.items())
     assert 0 < taken <= 0.25 * whole * (1 + 1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------- choosing, reporting
-def write(study: Study, name: str, split: str, rates: Mapping[str, float]) -> None:
-    """An evaluation in which exactly these shares of every group of a suite pass."""
-    settings, done, records = EvaluateSettings(resamples=100), {}, {}
-    for suite in study.suites[split]:  # type: ignore[index]
-        order: dict[str, list[int]] = {}
-        for i, prompt in enumerate(suite.prompts):
-            order.setdefault(prompt.group, []).append(i)
-        passing = {i for places in order.values() for i in places[: round(rates[suite.name] * len(places))]}
-        rows = [
-            {"strict": [i in passing] * len(prompt.instructions), "tokens": 3, "finished": True}
-            for i, prompt in enumerate(suite.prompts)
-        ]
-        done[suite.name] = suite_done(suite, rows, settings, template="none", key="k")
-        records[suite.name] = suite_record(suite)
-    out = study.evaluation_file(name, split)  # type: ignore[arg-type]
-    assemble({out.stem: (ModelId(name=name), done)}, records, (), settings).write(out)
-
-
-@pytest.fixture
-def told(tmp_path: Path) -> Path:
-    """A home of the real base's settings in which everything of the first wave is told, with known rates."""
-    home = tmp_path / "quick"
-    study = Study("conflict", 0, home, QUICK)
-    low, high = {"formats": 0.0, "arithmetic": 0.0}, {"formats": 1.0, "arithmetic": 1.0}
-    for split in ("develop", "test"):
-        write(study, "base", split, low)
-        write(study, "formats", split, low | {"formats": 1.0})
-        write(study, "arithmetic", split, low | {"arithmetic": 1.0})
-    write(study, "task-arithmetic_weight-0.5", "develop", {"formats": 0.5, "arithmetic": 0.5})
-    write(study, "task-arithmetic_weight-1", "develop", {"formats": 0.0, "arithmetic": 1.0})
-    for name in ("task-arithmetic_weight-0.5", "task-arithmetic_weight-1"):
-        write(study, name, "test", low)
-    write(study, "rounds", "test", high)
-    write(study, "tuned_rate-1e-05", "develop", high)
-    write(study, "tuned_rate-1e-05", "test", {"formats": 0.5, "arithmetic": 1.0})
-    return tmp_path
-
-
-def test_settings_are_chosen_on_develop_alone(told: Path) -> None:
-    study = Study("conflict", 0, told / "quick", QUICK)
-    assert study.sweep_done()
-    assert study.best() == {
-        "best task-arithmetic": "task-arithmetic_weight-0.5",
-        "best baseline by mean": "task-arithmetic_weight-0.5",
-        "best baseline by min": "task-arithmetic_weight-0.5",
-    }
-    for name in ("task-arithmetic_weight-0.5", "task-arithmetic_weight-1"):
-        study.evaluation_file(name, "test").unlink()
-    assert study.best()["best baseline by mean"] == "task-arithmetic_weight-0.5"
-    assert study.tuned() == "tuned_rate-1e-05"
-    study.evaluation_file("task-arithmetic_weight-1", "develop").unlink()
-    assert study.best() == {}, "nothing is chosen from part of a sweep"
-
-
-def test_pooled_columns_are_the_official_verdicts_in_the_order_of_the_suite(told: Path) -> None:
-    study = Study("conflict", 0, told / "quick", QUICK)
-    column = study.answers("task-arithmetic_weight-0.5", "develop")["formats"]
-    suite = study.suites["develop"][0]
-    assert column.clusters == [prompt.topic for prompt in suite.prompts]
-    assert column.groups == [prompt.group for prompt in suite.prompts]
-    assert rate(column) == pytest.approx(np.mean(list(by_group(column).values())))
-    from mechmerge.artifacts import read_document
-    from mechmerge.evaluate.record import Evaluation
-
-    path = study.evaluation_file("rounds", "test")
-    with pytest.raises(ValueError, match="other prompts"):
-        pooled(read_document(Evaluation, path), path.stem, suite)
-
-
-def test_figures_and_goals(told: Path) -> None:
-    figures, goals = judged(gather(told / "quick", QUICK, "conflict", (0,)))
-    assert figures["conflict: rounds retains on average"] == pytest.approx(1)
-    assert figures["conflict: rounds above best baseline by mean"] == pytest.approx(1)
-    assert figures["conflict: rounds above fine-tuned, lower end"] > 0
-    assert all(goals[name].met(figures[name]) for name in figures if name in goals and name != "conflict: seeds")
-    assert figures["conflict: seeds"] == 1
-    assert not goals["conflict: seeds"].met(1)
-    absent = goals.keys() - figures.keys()
-    assert "conflict: rounds above its shuffles, lower end" in absent, "what is not finished has a goal and no figure"
-    assert {f"conflict: top_budget-{b} above each control, lower end" for b in (0.1, 0.25, 0.5)} <= absent
-
-
-def test_the_report_is_made_of_what_is_finished(told: Path) -> None:
-    done = CliRunner().invoke(main, ["--quick", "--report", "--folder", str(told)])
-    assert done.exit_code == 1, "goals that have no figure yet are missed"
-    record = json.loads(done.output.strip().splitlines()[-1])
-    assert record["name"] == "merging"
-    assert record["met"] is False
-    text = (told / "quick" / "report" / "report.md").read_text()
-    assert "| rounds | 1 |" in text
-    assert "task-arithmetic_weight-0.5 | 0.500 | 0.500 | 0.500 | 0.500 | best task-arithmetic, best baseline by mean" in text
-    assert (told / "quick" / "report" / "conflict.png").stat().st_size > 5000
-
-
-def test_the_plan_counts_what_is_left(told: Path) -> None:
-    done = CliRunner().invoke(main, ["--quick", "--plan", "--folder", str(told)])
-    assert done.exit_code == 0
-    rows = {line.split()[2]: line for line in done.output.splitlines() if line.startswith("conflict")}
-    assert set(rows) == set(steps.STEPS)
-    assert "6/   6" in rows["parents"]
-    assert "2/   2" in rows["sweep"]
-    assert "0/   2" in rows["shuffles"]
 
 
 def test_steps_come_in_the_order_of_what_they_tell() -> None:

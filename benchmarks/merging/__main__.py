@@ -3,7 +3,7 @@
     python -m benchmarks.merging --folder DIR --family conflict               # the first wave of one family, then its second
     python -m benchmarks.merging --folder DIR --family conflict --seed 0 --only policies --only shuffles --minutes 50
     python -m benchmarks.merging --folder DIR --plan                          # what is done, what is left, how long it takes
-    python -m benchmarks.merging --folder DIR --report [--save]               # figures, tables, goals of what is finished
+    python -m benchmarks.merging --folder DIR --report [--save]               # figures, tables, goals, and what is missing
 
 Three families of experts (families.py) with three training seeds each; every baseline at the best setting of a stated sweep
 (arms.py), which is chosen on the develop split; every policy with its controls at the same shares; fine-tuning of the sum with
@@ -14,8 +14,8 @@ of this benchmark, but not before the demo had asked both policies these prompts
 Goals: on `conflict` the headline policy retains ≥ .9 on average, and its mean and minimum are ≥ 10 points above those of the
 baselines that are best on develop by the mean and by the minimum; on `mild` the lower end of its difference to the best
 baseline is ≥ −5 points; shuffles of equal shares are ≥ 10 points below it (lower end); it and every policy at 10, 25 and 50 %
-is above each of its controls, and it is above fine-tuning with equal information (lower ends above 0). A figure that is not
-there yet is a goal that is missed.
+is above each of its controls, and it is above fine-tuning with equal information (lower ends above 0). A goal's figure rests on
+three training seeds at least; one that is not there yet, or rests on fewer, is a goal that is missed.
 
 A call goes on where an earlier one stopped, at the batch; one call at a time works in a folder. It keeps everything but the
 merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while fine-tunings wait for their test). A policy
@@ -42,6 +42,7 @@ from pathlib import Path
 import click
 
 from benchmarks.common import finish
+from benchmarks.merging import calls
 from benchmarks.merging.families import FAMILIES
 from benchmarks.merging.report import report
 from benchmarks.merging.steps import STEPS, expected, finished, hours, tasks
@@ -60,7 +61,7 @@ SEEDS = (0, 1, 2)
 @click.option("--seed", "seeds", multiple=True, type=click.IntRange(0), help="Of the experts; can be given again.  [0, 1, 2]")
 @click.option("--only", multiple=True, type=click.Choice(STEPS), help="A step; can be given again.")
 @click.option("--minutes", type=click.FloatRange(0), help="Begin nothing new after so long.")
-@click.option("--report", "reported", is_flag=True, help="Only report what is finished.")
+@click.option("--report", "reported", is_flag=True, help="Only report what is finished and what is missing.")
 @click.option("--plan", "planned", is_flag=True, help="Only say what is done and what is left.")
 @click.option("--threads", type=click.IntRange(1))
 def main(
@@ -80,8 +81,8 @@ def main(
     if folder is None and not quick:
         raise click.UsageError("the whole takes many hours: name a --folder that keeps what is done")
     sizes = QUICK if quick else FULL
-    families = families or (("conflict",) if quick else tuple(FAMILIES))
-    seeds = seeds or ((0,) if quick else SEEDS)
+    families = tuple(dict.fromkeys(families)) or usual_families(quick)
+    seeds = tuple(dict.fromkeys(seeds)) or usual_seeds(quick)
     with tempfile.TemporaryDirectory() as scratch:
         home = (folder or Path(scratch)) / ("quick" if quick else "full")
         if planned:
@@ -91,8 +92,26 @@ def main(
         if not whole or (only and not reported):
             print(f"kept in {home}; the same call goes on, --plan says what is left")
             return
-        figures, goals = report(home, sizes, families, seeds, save, quick)
-    finish("merging", figures, goals, save, quick)
+        part = part_of(families, seeds, quick)
+        figures, goals = report(home, sizes, families, seeds, save, quick, part)
+    finish("merging", figures, goals, save, quick, part)
+
+
+def usual_families(quick: bool) -> tuple[str, ...]:
+    """The families of a call that names none."""
+    return ("conflict",) if quick else tuple(FAMILIES)
+
+
+def usual_seeds(quick: bool) -> tuple[int, ...]:
+    """The training seeds of a call that names none."""
+    return (0,) if quick else SEEDS
+
+
+def part_of(families: Sequence[str], seeds: Sequence[int], quick: bool) -> str:
+    """What a save is called after where not all is reported: families and seeds that are not the usual ones."""
+    named = [family for family in FAMILIES if family in families] if set(families) != set(usual_families(quick)) else []
+    numbered = sorted(seeds) if set(seeds) != set(usual_seeds(quick)) else []
+    return "-".join([*named, *(["seeds" if len(numbered) > 1 else "seed"] if numbered else []), *map(str, numbered)])
 
 
 def work(
@@ -108,6 +127,8 @@ def work(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     studies: dict[tuple[str, int], Study] = {}
     with lock(home / ".lock", f"benchmark in {home}"), suppress(Paused):
+        Study(families[0], seeds[0], home, sizes)  # refuses a folder of other settings before the call is recorded
+        calls.record(home, {"families": families, "seeds": seeds, "only": only, "minutes": minutes})
         for task in tasks(families, seeds, only):
             progress.note(f"▶ {task.family}, seed {task.seed}: {task.name}")
             key = task.family, task.seed

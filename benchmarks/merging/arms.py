@@ -1,8 +1,4 @@
-"""The models that are compared: baselines with the sweep that their settings are chosen from, policies, and their controls.
-
-What the installed mechmerge lacks is left out here and told in the report, so that the benchmark runs beside policies that
-are still being written.
-"""
+"""The models that are compared: baselines with the sweep that their settings are chosen from, policies, and their controls."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ FAMILIES: dict[str, dict[str, str]] = {
 }
 """Family → skill → how its expert is trained (benchmarks/experts)."""
 COMMITTED = ("formats", "arithmetic")
-"""Experts whose adapters of seed 0 are the demo's."""
+"""Experts whose adapters of seed 0 are the demo's: other seeds are trained here, by a script that has changed since."""
+COMMITTED_AT = "20074d8"
+"""The commit at which the demo's were trained (benchmarks/experts/__main__.py says how that script differed)."""
 EvaluatedSplit = Literal["develop", "test"]
 TIERS: tuple[Tier, ...] = ("seen", "unseen")
 FLOOR = 5

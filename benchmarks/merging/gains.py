@@ -43,6 +43,16 @@ class Figure(NamedTuple):
     """Seeds that it is averaged over."""
     by_seed: tuple[float, ...]
 
+    @property
+    def over(self) -> str:
+        """What its interval is over: one seed says nothing of others."""
+        return "topics and seeds" if self.seeds > 1 else "topics alone, one seed"
+
+    @property
+    def told(self) -> str:
+        """The quantity with its interval, and what that rests on."""
+        return f"{self} seeds={self.seeds}" + ("" if self.seeds > 1 else " (interval over topics alone)")
+
     def __str__(self) -> str:
         return f"{self.interval.value:.3f} [{self.interval.low:.3f}, {self.interval.high:.3f}]"
 

@@ -1,311 +1,197 @@
-"""Figures, tables and goals of what is finished: HOME/report/report.md, a picture a family, and the benchmark's figures."""
+"""The report of what is finished and of what is missing: HOME/report/report.md, a picture a family, and all figures."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from benchmarks.common import RESULTS, Goal
+from benchmarks.common import Goal, commit, saved
 from benchmarks.merging import arms as catalogue
 from benchmarks.merging.arms import HEADLINE
-from benchmarks.merging.families import FAMILIES
-from benchmarks.merging.gains import Answers, Board, Figure
+from benchmarks.merging.calls import Worked, worked
+from benchmarks.merging.families import COMMITTED_AT, FAMILIES, committed
+from benchmarks.merging.found import BY_MEAN, BY_MIN, TUNED, Found, gather
+from benchmarks.merging.gains import Board
+from benchmarks.merging.goals import LEAST_SEEDS, STATES, Standing, judged, standings
+from benchmarks.merging.steps import STEPS
 from benchmarks.merging.study import Sizes, Study
+from benchmarks.merging.tables import develop, gains_row, picture, place, rates_row, table
 from mechmerge.artifacts import write_text
-from mechmerge.evaluate.columns import Column
-from mechmerge.report.style import figure
 
-BY_MEAN, BY_MIN, TUNED = "best baseline by mean", "best baseline by min", "fine-tuned"
-FAR = 0.1
-"""What counts as far above, in retained gain."""
-ABOVE = 1e-6
-"""A lower end of at least so much excludes 0."""
+HEAD = f"""# Merging: retained gains
 
+An expert's retained gain is (merged − base) / (expert − base) on its own suite of the test split: 0 is the base, 1 the expert.
+`mean` and `min` are over the experts of a family, for each training seed, and then averaged over seeds. Intervals are of 95 %;
+a goal needs {LEAST_SEEDS} training seeds: with fewer it is not measured yet, and counts as missed.
 
-class Found(NamedTuple):
-    """What is known of one family."""
+- Policies: `{HEADLINE}` is the headline; a policy with a budget is named after it.
+- `shuffles of`, `norm-matched of`, `magnitude of` a policy: its controls, with its shares of every layer, kind and expert.
+- `best …`: the setting of a baseline that retains most on the develop split; `{BY_MEAN}` and `{BY_MIN}`: of all
+  settings of all baselines. Nothing is chosen on the test split.
+- `{TUNED}`: the sum of the experts, fine-tuned on the answers that the policies measure (equal information). It costs as
+  much as the dearer of the measurements of `effects` and `rounds`, whichever policy it is compared with.
 
-    family: str
-    studies: dict[int, Study]
-    board: Board | None
-    """None until the base and the experts of some seed have answered."""
-    named: dict[tuple[str, int], str]
-    """(role, seed) → the setting that plays it, where it was chosen."""
-    controls: dict[str, list[str]]
-    """Policy → the roles of its controls."""
-
-
-def gather(home: Path, sizes: Sizes, family: str, seeds: Iterable[int]) -> Found:
-    """Reads everything that is finished of a family. A role of several models is there when all are that were not refused."""
-    studies = {seed: Study(family, seed, home, sizes) for seed in seeds}
-    cells: dict[tuple[str, int], list[Answers]] = {}
-    named: dict[tuple[str, int], str] = {}
-    controls: dict[str, list[str]] = {}
-    for seed, study in studies.items():
-        roles: dict[str, list[str]] = {name: [name] for name in ("base", *study.skills)}
-        for arm in (*catalogue.telling(), *catalogue.others()):
-            roles[arm.name] = [arm.name]
-            drawn = {r: [a.name for a in made] for r, made in catalogue.controls(arm, sizes.shuffles).items()}
-            roles |= drawn
-            controls[arm.name] = list(drawn)
-        if not all(study.done(name, "test") for name in ("base", *study.skills)):
-            continue
-        if all(study.done(name, "develop") for name in ("base", *study.skills)):
-            chosen = study.best() | ({TUNED: tuned} if (tuned := study.tuned()) else {})
-            named |= {(role, seed): name for role, name in chosen.items()}
-            roles |= {role: [name] for role, name in chosen.items()}
-        for role, asked in roles.items():
-            names = [name for name in asked if study.refused(name) is None]
-            if names and all(study.done(name, "test") for name in names):
-                cells[role, seed] = [study.answers(name, "test") for name in names]
-    skills = tuple(FAMILIES[family])
-    board = Board(cells, skills, resamples=400 if sizes.limit else 4000) if cells else None
-    return Found(family, studies, board, named, controls)
+The headline policy was fixed before any run of this benchmark, but after its results on the test split with the experts of
+`conflict`, seed 0, had been seen in the demo (benchmarks/results/demo-2026-11-22.json).
+"""
 
 
 def report(
-    home: Path, sizes: Sizes, families: Sequence[str], seeds: Sequence[int], save: bool, quick: bool
+    home: Path, sizes: Sizes, families: Sequence[str], seeds: Sequence[int], save: bool, quick: bool, part: str = ""
 ) -> tuple[dict[str, Any], dict[str, Goal]]:
-    """Writes the report and returns the benchmark's figures and goals."""
+    """Writes the report and returns the benchmark's figures and goals; `part` says what is reported where that is not all."""
     folder = home / "report"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    figures: dict[str, Any] = {}
+    done = worked(home)
+    figures: dict[str, Any] = {"families": ", ".join(families), "training seeds": ", ".join(map(str, seeds))}
+    for one in done:
+        name = f"evaluations in the folder, commit {one.commit}"
+        figures[name] = figures.get(name, 0) + one.evaluations
     goals: dict[str, Goal] = {}
-    parts = ["# Merging: retained gains\n"]
+    parts: list[str] = []
+    stand: list[Standing] = []
     for family in families:
         found = gather(home, sizes, family, seeds)
         own, wanted = judged(found)
         figures |= own
         goals |= wanted
+        stand += standings(found).values()
         parts.append(section(found))
         if found.board is not None:
             picture(found, folder / f"{family}.png")
-    write_text(folder / "report.md", "\n".join(parts))
+    head = [HEAD, *(["Quick: two dozen prompts a suite; the figures mean nothing.\n"] if quick else []), made_at(done)]
+    write_text(folder / "report.md", "\n".join([*head, f"Goals of all families: {_counted(stand)}.\n", *parts]))
     if save:
-        kept = RESULTS / f"merging{'-quick' if quick else ''}-{time.strftime('%Y-%m-%d')}"
+        kept = saved("merging", quick, part)
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(folder, kept)
     return figures, goals
 
 
-# ------------------------------------------------------------------------------------------------------------------- figures
-def judged(found: Found) -> tuple[dict[str, Any], dict[str, Goal]]:
-    """The figures of a family and what they must reach."""
-    family, board = found.family, found.board
-    figures: dict[str, Any] = {}
-    goals: dict[str, Goal] = {f"{family}: seeds": Goal(3, at_most=False)}
-    if board is None:
-        return figures, goals | _goals(found, {})
-    figures[f"{family}: seeds"] = len(board.seeds(HEADLINE, BY_MEAN))
-    for seed, skill in board.unclear:
-        figures[f"{family}: seed {seed} left out"] = f"its {skill} expert gains nothing for certain"
-    roles = [role for role in dict.fromkeys(role for role, _ in board.cells) if role not in ("base", *board.skills)]
-    for role in roles:
-        for over in ("mean", "min"):
-            if (held := board.retained(role, over)) is not None:
-                figures[f"{family}: {role}, retained {over}"] = f"{held} seeds={held.seeds}"
-    differences: dict[tuple[str, str, str], Figure] = {}
-    for role, other in [
-        *((HEADLINE, other) for other in (BY_MEAN, BY_MIN, TUNED, "conflict")),
-        *((policy, control) for policy, drawn in found.controls.items() for control in drawn),
-    ]:
-        for over in ("mean", "min"):
-            if (difference := board.difference(role, other, over)) is not None:
-                differences[role, other, over] = difference
-                figures[f"{family}: {role} less {other}, {over}"] = str(difference)
-    named = _numbers(found, differences)
-    return figures | named, goals | _goals(found, named)
+def made_at(done: Sequence[Worked]) -> str:
+    """Which commits the evaluations come from."""
+    rows = [
+        {"commit": one.commit, "calls": one.calls or "", "first": one.first, "last": one.last, "evaluations": one.evaluations,
+         "versions": one.versions} for one in done
+    ]  # fmt: skip
+    told = [f"This report was made at commit {commit()}. The calls that worked in the folder:", "", *table(rows)]
+    return "\n".join(
+        [*(told if rows else [f"This report was made at commit {commit()}; no call has worked in the folder."]), ""]
+    )
 
 
-def _numbers(found: Found, differences: Mapping[tuple[str, str, str], Figure]) -> dict[str, float]:
-    """The figures that goals are about, as far as they are there."""
-    family, board = found.family, found.board
-    assert board is not None
-    numbers: dict[str, float] = {}
-    if (held := board.retained(HEADLINE, "mean")) is not None:
-        numbers[f"{family}: {HEADLINE} retains on average"] = held.interval.value
-    for over, other in (("mean", BY_MEAN), ("min", BY_MIN)):
-        if (difference := differences.get((HEADLINE, other, over))) is not None:
-            numbers[f"{family}: {HEADLINE} above {other}"] = difference.interval.value
-            numbers[f"{family}: {HEADLINE} above {other}, lower end"] = difference.interval.low
-    if (difference := differences.get((HEADLINE, f"shuffles of {HEADLINE}", "mean"))) is not None:
-        numbers[f"{family}: {HEADLINE} above its shuffles, lower end"] = difference.interval.low
-    if (difference := differences.get((HEADLINE, TUNED, "mean"))) is not None:
-        numbers[f"{family}: {HEADLINE} above {TUNED}, lower end"] = difference.interval.low
-    for policy, drawn in found.controls.items():
-        ends = [
-            differences[policy, control, "mean"].interval.low for control in drawn if (policy, control, "mean") in differences
-        ]
-        if ends and len(ends) == len(drawn):
-            numbers[f"{family}: {policy} above each control, lower end"] = min(ends)
-    return numbers
-
-
-def _goals(found: Found, numbers: Mapping[str, float]) -> dict[str, Goal]:
-    family = found.family
-    least = {
-        f"{family}: {HEADLINE} above its shuffles, lower end": FAR,
-        f"{family}: {HEADLINE} above {TUNED}, lower end": ABOVE,
-    }
-    if family == "conflict":
-        least |= {
-            f"{family}: {HEADLINE} retains on average": 0.9,
-            f"{family}: {HEADLINE} above {BY_MEAN}": 0.1,
-            f"{family}: {HEADLINE} above {BY_MIN}": 0.1,
-        }
-    if family == "mild":
-        least[f"{family}: {HEADLINE} above {BY_MEAN}, lower end"] = -0.05
-    budgets = [arm.name for arm in catalogue.others() if "budget" in arm.parameters]
-    least |= {f"{family}: {policy} above each control, lower end": ABOVE for policy in (HEADLINE, *budgets)}
-    return {name: Goal(bound, at_most=False) for name, bound in least.items()}
-
-
-# -------------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------------------------------- sections
 def section(found: Found) -> str:
-    """The tables of a family in Markdown."""
-    family, board = found.family, found.board
-    lines = [f"## {family}", "", f"Skills: {', '.join(FAMILIES[family])}.", ""]
-    if board is None:
-        return "\n".join([*lines, "Nothing is finished.", ""])
-    lines += [f"Seeds {', '.join(map(str, board.whole))}; intervals of 95 % over topics and seeds.", ""]
-    lines += [
-        f"Seed {seed} is left out of retained gains: its {skill} expert gains nothing for certain."
-        for seed, skill in board.unclear
-    ]
-    roles = list(dict.fromkeys(role for role, _ in board.cells))
-    rows = []
-    for role in sorted(roles, key=lambda r: _place(found, r)):
-        row: dict[str, object] = {"model": role, "seeds": sum((role, seed) in board.cells for seed in board.whole)}
-        row |= {skill: str(board.level(role, skill)) for skill in board.skills}
-        row["worst format"] = _worst(board, role)
-        if role not in ("base", *board.skills):
-            row |= {f"retained, {over}": _shown(board.retained(role, over)) for over in (*board.skills, "mean", "min")}
-        rows.append(row)
-    lines += ["### Test split", "", *_table(rows), "", "### Differences of retained gain", ""]
-    rows = list[dict[str, object]]()
-    for policy, drawn in found.controls.items():
-        others = [*drawn, BY_MEAN, BY_MIN, TUNED] if policy in catalogue.TELLING else [*drawn, BY_MEAN]
-        for other in others:
-            held = {over: board.difference(policy, other, over) for over in ("mean", "min")}
-            if any(held.values()):
-                row = {"model": policy, "less": other}
-                rows.append(row | {over: _shown(value) for over, value in held.items()})
-    lines += [*_table(rows), ""]
+    """A family in Markdown: what is missing, where its goals stand, and its tables."""
+    lines = [f"## {found.family}", "", f"Skills: {', '.join(FAMILIES[found.family])}.", "", *_notes(found)]
+    lines += ["### Goals", "", *_goals(found), "### Done and missing", "", *_progress(found)]
+    lines += _test_split(found, found.board) if found.board is not None else []
     for seed, study in found.studies.items():
-        lines += _chosen(found, seed, study)
+        lines += develop(found, seed, study)
     return "\n".join(lines)
 
 
-def _chosen(found: Found, seed: int, study: Study) -> list[str]:
-    """The sweep of a seed on the develop split, what was chosen, what fine-tuning took, and what refused."""
-    if not all(study.done(name, "develop") for name in ("base", *study.skills)):
-        return []
-    lines = [f"### Seed {seed}, develop split", ""]
-    roles: dict[str, list[str]] = {}
-    for (role, at), name in found.named.items():
-        if at == seed:
-            roles.setdefault(name, []).append(role)
-    tuned = {n: study.retained(n, "develop") for n in map(study.tuned_name, study.sizes.rates) if study.done(n, "develop")}
+def _test_split(found: Found, board: Board) -> list[str]:
+    """The tables of the test split."""
+    lines = []
+    for seed, skill in board.unclear:
+        lines += [f"Seed {seed} is left out of retained gains: its {skill} expert gains nothing for certain.", ""]
+    roles = sorted(dict.fromkeys(role for role, _ in board.cells), key=lambda role: place(found, role))
+    gains = [gains_row(found, board, role) for role in roles if role in found.roles]
+    differences = []
+    for (policy, other), held in found.differences().items():
+        one = held["mean"]
+        row = {"policy": policy, "less": other, "seeds": one.seeds, "interval over": one.over}
+        differences.append(row | {over: str(value) for over, value in held.items()})
+    lines += ["### Retained gains, test split", "", *table(gains), ""]
+    lines += ["### Differences of retained gain, test split", "", *table(differences), ""]
+    return [*lines, "### Pass rates, test split", "", *table([rates_row(board, role) for role in roles]), ""]
+
+
+def _notes(found: Found) -> list[str]:
+    """What a reader must know of the models that are compared."""
+    lines = []
+    for seed in found.studies:
+        older = [skill for skill, training in FAMILIES[found.family].items() if committed(training, seed) is not None]
+        if older:
+            those, are = " and ".join(older), "adapters are" if len(older) > 1 else "adapter is"
+            lines.append(
+                f"Seed {seed}'s {those} {are} the demo's, from an older training script (commit {COMMITTED_AT}) than those of "
+                "other seeds."
+            )
+    solved = [arm for arm in catalogue.others() if arm.measured == "solution"]
+    ran = [
+        seed
+        for seed, study in found.studies.items()
+        if any(study.solution_file(arm).exists() or study.done(arm.name, "test") for arm in solved)
+    ]
+    if ran:
+        lines.append(
+            f"`solve` ran with unproven=True (seeds {', '.join(map(str, ran))}): it was not checked whether the predictions of "
+            "its effects come true."
+        )
+    return [text for line in lines for text in (line, "")]
+
+
+def _goals(found: Found) -> list[str]:
+    """Where every goal stands, the numbers of each first."""
+    made = standings(found)
+    rows = [
+        {
+            "goal": name.removeprefix(f"{found.family}: "),
+            "bound": one.bound,
+            "figure": "" if one.value is None else f"{one.value:.3f}",
+            "seeds": one.seeds or "",
+            "verdict": one.verdict,
+        }
+        for name, one in made.items()
+    ]
+    if not found.begun:
+        return [f"None is measured yet: {'; '.join(str(row['goal']) for row in rows)}.", ""]
+    return [f"{_counted(made.values())}.", "", *table(rows), ""]
+
+
+def _counted(made: Iterable[Standing]) -> str:
+    """How many goals stand how."""
+    states = Counter(one.state for one in made)
+    return ", ".join(f"{states[state]} {state}" for state in STATES)
+
+
+def _progress(found: Found) -> list[str]:
+    """What is done of what, by seed and step; controls that are begun; refusals."""
+    lines = []
+    if not found.begun:
+        lines += ["Nothing is evaluated yet.", ""]
+    elif found.board is None:
+        lines += ["No seed has the base and all of its experts on the test split yet, so that there are no figures.", ""]
+    lines += ["Evaluations (of `experts`: adapters) that are done of all; what is not whole is bold.", ""]
     rows = []
-    for name, shares in (study.swept() | tuned).items():
-        values = list(shares.values())
-        row = {"setting": name} | {skill: f"{share:.3f}" for skill, share in shares.items()}
-        row |= {"mean": f"{sum(values) / len(values):.3f}", "min": f"{min(values):.3f}"}
-        rows.append(row | {"chosen as": ", ".join(roles.get(name, []))})
-    lines += [*_table(rows), ""]
-    if not study.sweep_done():
-        lines += ["The sweep is not whole: nothing is chosen from it yet.", ""]
-    for log in sorted((study.folder / "tuned").glob("*.log.json")):
-        record = json.loads(log.read_text("utf-8"))
-        cost = record["cost"]
-        lines += [
-            f"{log.name.removesuffix('.log.json')}: {record['steps']} steps of {record['batch']} examples, "
-            f"{record['forward-equivalents']} forward-equivalents; measuring took {cost['nodes']} examples both ways "
-            f"with {cost['experts']} products each, and {cost['points']} forward. "
-            f"Loss {record['loss'][0]:.3f} → {record['loss'][-1]:.3f}.",
-            "",
+    for seed, steps in found.steps.items():
+        cells = {step: f"{done}/{total}" if done == total else f"**{done}/{total}**" for step, (done, total) in steps.items()}
+        rows.append({"seed": seed} | {step: cells[step] for step in STEPS})
+    lines += [*table(rows), ""]
+    for seed, study in found.studies.items():
+        begun = [
+            f"{role} {drawn}"
+            for (role, at), drawn in found.drawn.items()
+            if at == seed and drawn.asked > 1 and drawn.done > 0 and not drawn.whole
         ]
-    for file in sorted((study.folder / "recipes").glob("*/refused.json")):
-        lines += [f"Refused: {file.parent.name}: {study.refused(file.parent.name)}", ""]
+        if begun:
+            lines += [f"Seed {seed}, begun and not in the tables yet: {'; '.join(begun)}.", ""]
+        lines += _refusals(found, seed, study)
     return lines
 
 
-def _worst(board: Board, role: str) -> str:
-    """The worst format of a role, by its rate over all seeds and models that play it."""
-    if "formats" not in board.skills:
-        return ""
-    rates: dict[str, list[float]] = {}
-    for seed in board.whole:
-        for answers in board.cells.get((role, seed), ()):
-            for group, rate in by_group(answers["formats"]).items():
-                rates.setdefault(group, []).append(rate)
-    means = {group: sum(found) / len(found) for group, found in rates.items()}
-    worst = min(means, key=lambda group: means[group])
-    return f"{means[worst]:.3f} ({worst})"
-
-
-def by_group(column: Column) -> dict[str, float]:
-    """The mean of each group."""
-    found: dict[str, list[float]] = {}
-    for value, group in zip(column.values, column.groups, strict=True):
-        found.setdefault(group, []).append(value)
-    return {group: sum(values) / len(values) for group, values in found.items()}
-
-
-def _place(found: Found, role: str) -> tuple[int, str]:
-    """Where a role stands in tables: parents, policies, baselines, fine-tuning, controls."""
-    board = found.board
-    assert board is not None
-    if role in ("base", *board.skills):
-        return ("base", *board.skills).index(role), ""
-    if role in found.controls:
-        return 10, "" if role == HEADLINE else role
-    if role.startswith("best"):
-        return 11, "" if "baseline" in role else role
-    return (12, role) if role == TUNED else (13, role)
-
-
-def _shown(value: Figure | None) -> str:
-    return "" if value is None else str(value)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows as a Markdown table, with the columns of all of them."""
-    if not rows:
-        return ["Nothing yet."]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------------------------- picture
-def picture(found: Found, path: Path) -> None:
-    """Retained gains of every role: filled the mean over experts, hollow the minimum, with their intervals."""
-    board = found.board
-    assert board is not None
-    roles = [role for role in dict.fromkeys(role for role, _ in board.cells) if role not in ("base", *board.skills)]
-    roles = [role for role in sorted(roles, key=lambda r: _place(found, r)) if board.retained(role, "mean") is not None]
-    if not roles:
-        return
-    title = f"Retained gain on the test split, {found.family}: mean (filled) and minimum (hollow) over experts"
-    with figure(path, title, 1, 0.6 + 0.24 * len(roles)) as (_, grid):
-        axes = grid[0, 0]
-        for row, role in enumerate(roles):
-            for over, shift, face in (("mean", -0.14, "#2166ac"), ("min", 0.14, "white")):
-                held = board.retained(role, over)
-                assert held is not None
-                value, low, high = held.interval
-                arms = np.array([[value - low], [high - value]])
-                axes.errorbar(value, row + shift, xerr=arms, fmt="o", ms=4, color="#2166ac", mfc=face, lw=1, capsize=2)
-        for at, style in ((0, "-"), (1, "--")):
-            axes.axvline(at, color="#8a8a8a", lw=0.7, ls=style, zorder=0)
-        axes.set_yticks(range(len(roles)), roles)
-        axes.set_ylim(len(roles) - 0.5, -0.5)
-        axes.set_xlabel("0: base, 1: expert; 95 % over topics and seeds")
+def _refusals(found: Found, seed: int, study: Study) -> list[str]:
+    """What refused, by reason, and which controls have fewer draws for it."""
+    reasons: dict[str, list[str]] = {}
+    for file in sorted((study.folder / "recipes").glob("*/refused.json")):
+        reasons.setdefault(str(study.refused(file.parent.name)), []).append(f"`{file.parent.name}`")
+    lines = [f"Seed {seed}, refused: {', '.join(names)}, because: {reason}" for reason, names in reasons.items()]
+    fewer = [f"{r} {d}" for (r, at), d in found.drawn.items() if at == seed and d.refused and d.asked > 1]
+    lines += [f"Seed {seed}, draws that are left: {'; '.join(fewer)}."] if fewer else []
+    return [text for line in lines for text in (line, "")]

@@ -50,7 +50,9 @@ def sweep(study: Study) -> None:
 
 
 def baselines(study: Study) -> None:
-    """The best settings on test; nothing before the sweep is whole."""
+    """The best settings on test; nothing before the sweep is whole and the parents have answered on develop."""
+    if not study.choosable():
+        study.progress.note(f"{study.family}, seed {study.seed}: no setting is chosen before `parents` and `sweep` are done")
     chosen = set(study.best().values())
     for arm in catalogue.sweep(study.skills, study.seed, study.sizes.few):
         if arm.name in chosen:
@@ -132,7 +134,7 @@ def expected(task: Task, sizes: Sizes) -> dict[str, int]:
         case "sweep":
             return {"baseline merge": len(swept), "evaluation": len(swept)}
         case "baselines":
-            count = len({arm.policy for arm in swept}) + 1
+            count = _chosen_at_most(tuple(FAMILIES[task.family]), task.seed, sizes)
             return {"baseline merge": count, "evaluation": count}
         case "equal":
             return {"fine-tuning": len(sizes.rates), "evaluation": len(sizes.rates) + 1}
@@ -142,6 +144,11 @@ def expected(task: Task, sizes: Sizes) -> dict[str, int]:
         case _:
             count = drawn([*telling, *rest]) - drawn(telling, "shuffles")
             return {"merge": count, "evaluation": count}
+
+
+def _chosen_at_most(skills: Sequence[str], seed: int, sizes: Sizes) -> int:
+    """Settings that are asked on test: the best of each baseline, and the best of all by the minimum where it is another."""
+    return len({arm.policy for arm in catalogue.sweep(skills, seed, sizes.few)}) + 1
 
 
 def hours(units: dict[str, int]) -> float:
@@ -181,7 +188,9 @@ def finished(study: Study, name: str) -> tuple[int, int]:
         case "sweep":
             return sum(study.done(n, "develop") for n in swept), sum(study.refused(n) is None for n in swept)
         case "baselines":
-            return test(sorted(set(study.best().values()))) if study.best() else (0, 1)
+            if not study.choosable():
+                return 0, _chosen_at_most(study.skills, study.seed, study.sizes)
+            return test(sorted(set(study.best().values())))
         case "equal":
             tuned = study.tuned()
             rates = [study.tuned_name(rate) for rate in study.sizes.rates]

@@ -1,6 +1,7 @@
 """One family with the experts of one seed: training, measuring, merging and evaluating, each unit kept when it is done.
 
 HOME/settings.json                        what every unit here depends on: other settings are refused
+HOME/calls.jsonl                          the calls that worked here, with their commits (calls.py)
 HOME/experts/TRAINING-SEED/               adapters, with their logs beside them
 HOME/FAMILY/seed-N/                       effects, rounds, scores, and recipes/ARM/ with refusals
 HOME/evaluations/SPLIT/NAME.json          one model each, NAME = FAMILY.SEED.ARM; samples/ beside them
@@ -115,6 +116,7 @@ class Study:
             "develop": suites(family, "develop", sizes.limit),
             "test": suites(family, "test", sizes.limit),
         }
+        self._answers: dict[tuple[Path, int], Answers] = {}
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -216,7 +218,7 @@ class Study:
         """
         from mechmerge.localize.solving import SolveSettings, settle_solution
 
-        effects, out = self.folder / "effects-at-sum.safetensors", self.folder / "solutions" / f"{arm.name}.safetensors"
+        effects, out = self.folder / "effects-at-sum.safetensors", self.solution_file(arm)
         if not out.exists():
             self._begin()
             if not effects.exists():
@@ -226,6 +228,9 @@ class Study:
             measured = read_effects(effects)
             settle_solution(self.base, self.experts, self.rows(), measured, out, settings, self.progress)
         return out
+
+    def solution_file(self, arm: Arm) -> Path:
+        return self.folder / "solutions" / f"{arm.name}.safetensors"
 
     def sources(self, arm: Arm) -> Sources:
         """What the recipe of an arm is made from; where nothing is measured, the models' identities alone."""
@@ -245,7 +250,8 @@ class Study:
 
     def cost(self) -> Cost:
         """The dearer of the two measurements of the telling policies."""
-        measured = (cost_of_effects(read_effects(self.effects()).metadata), cost_of_rounds(read_rounds(self.rounds()).metadata))
+        effects, rounds = read_effects(self.effects()).metadata, read_rounds(self.rounds()).metadata
+        measured = cost_of_effects(effects), cost_of_rounds(rounds, self.sizes.max_rounds)
         return max(measured, key=lambda cost: cost.forward)
 
     # ------------------------------------------------------------------------------------------------------------- recipes
@@ -299,11 +305,18 @@ class Study:
         """Whether a model (`base`, a skill's expert or an arm) has been evaluated."""
         return self.evaluation_file(name, split).exists()
 
+    def parents_done(self, split: EvaluatedSplit) -> bool:
+        """Whether the base and the experts have been evaluated: without them no gain is known."""
+        return all(self.done(name, split) for name in ("base", *self.skills))
+
     def answers(self, name: str, split: EvaluatedSplit) -> Answers:
-        """The outcomes of a model that has been evaluated, by skill."""
+        """The outcomes of a model that has been evaluated, by skill; a file is read once."""
         path = self.evaluation_file(name, split)
-        evaluation = read_document(Evaluation, path)
-        return {suite.name: pooled(evaluation, path.stem, suite) for suite in self.suites[split]}
+        key = path, path.stat().st_mtime_ns
+        if key not in self._answers:
+            evaluation = read_document(Evaluation, path)
+            self._answers[key] = {suite.name: pooled(evaluation, path.stem, suite) for suite in self.suites[split]}
+        return self._answers[key]
 
     def evaluate(self, name: str, split: EvaluatedSplit, model: Callable[[], Model] | Model) -> None:
         """Evaluates a model unless it has been."""
@@ -356,7 +369,9 @@ class Study:
         return plain_retained(self.answers(name, split), self.answers("base", split), experts)
 
     def swept(self) -> dict[str, dict[str, float]]:
-        """Retained gains on the develop split of every setting of a baseline that has been evaluated."""
+        """Retained gains on develop of every setting of a baseline that has been evaluated; none before the parents."""
+        if not self.parents_done("develop"):
+            return {}
         named = [arm.name for arm in catalogue.sweep(self.skills, self.seed, self.sizes.few)]
         return {name: self.retained(name, "develop") for name in named if self.done(name, "develop")}
 
@@ -365,6 +380,10 @@ class Study:
         whole = catalogue.sweep(self.skills, self.seed, self.sizes.few)
         return all(self.done(arm.name, "develop") or self.refused(arm.name) is not None for arm in whole)
 
+    def choosable(self) -> bool:
+        """Whether the best settings can be told: the sweep is whole, and the parents have answered on develop."""
+        return self.sweep_done() and self.parents_done("develop")
+
     def refused(self, name: str) -> str | None:
         """Why a policy refused, where it did."""
         path = self.folder / "recipes" / name / "refused.json"
@@ -372,11 +391,12 @@ class Study:
 
     def best(self) -> dict[str, str]:
         """Role → the setting that plays it, chosen on the develop split once the sweep is whole: the best setting of each
-        baseline by the mean of the retained gains, the best of all by the mean, and the best of all by the minimum.
+        baseline by the mean of the retained gains, the best of all by the mean, and the best of all by the minimum. None where
+        every setting is refused.
         """
-        if not self.sweep_done():
+        found = self.swept() if self.choosable() else {}
+        if not found:
             return {}
-        found = self.swept()
         policy = {arm.name: arm.policy for arm in catalogue.sweep(self.skills, self.seed, self.sizes.few)}
         chosen = {f"best {p}": best_of({n: g for n, g in found.items() if policy[n] == p}, "mean")
                   for p in dict.fromkeys(policy[name] for name in found)}  # fmt: skip
@@ -389,7 +409,7 @@ class Study:
     def tuned(self) -> str | None:
         """The fine-tuning whose step size was best on the develop split, once all are evaluated."""
         names = [self.tuned_name(rate) for rate in self.sizes.rates]
-        if not all(self.done(name, "develop") for name in names):
+        if not self.parents_done("develop") or not all(self.done(name, "develop") for name in names):
             return None
         return best_of({name: self.retained(name, "develop") for name in names}, "mean")
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mechmerge.artifacts import atomic_folder
-from mechmerge.localize.effect_file import EffectMetadata
+from mechmerge.localize.effect_file import PATHS, EffectMetadata
+from mechmerge.localize.effects import FIRST_INTERVALS
 from mechmerge.localize.rounds_file import RoundsMetadata
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.load import load_model, load_tokenizer, quiet
@@ -57,16 +58,34 @@ class Sample(NamedTuple):
 
 
 def cost_of_effects(metadata: EffectMetadata) -> Cost:
-    """The cost of an effect matrix: two nodes an interval, losses at the ends of all intervals and at each expert."""
+    """The cost of an effect matrix: its nodes, and losses at the ends of all intervals and at each expert.
+
+    From the base there are two nodes an interval, and those of the intervals that were halved, which the file no longer names:
+    every halving makes one interval more of the first ones. From the sum there are four, and one where the proposal is made.
+    """
     examples, experts = sum(b.answers for b in metadata.behaviors), len(metadata.experts)
-    nodes = len(metadata.nodes)
-    return Cost(nodes * examples, (nodes // 2 + 1 + experts) * examples, experts)
+    intervals = len(metadata.nodes) // 2
+    from_base = metadata.path == PATHS["base"]
+    halved = max(0, intervals - (len(FIRST_INTERVALS) - 1)) if from_base else 0
+    nodes = len(metadata.nodes) + (2 * halved if from_base else 1)
+    # From the sum losses are told at both ends of the path and at the base; from the base, at the ends of each interval.
+    points = (intervals + 1 if from_base else 3) + experts
+    return Cost(nodes * examples, points * examples, experts)
 
 
-def cost_of_rounds(metadata: RoundsMetadata) -> Cost:
-    """The cost of rounds: their nodes, and the losses of the base, the experts, the sum, and where each round ends."""
+def cost_of_rounds(metadata: RoundsMetadata, max_rounds: int) -> Cost:
+    """The cost of rounds: their nodes, and the losses of the base, the experts, the sum, and where each round ends.
+
+    Where fewer rounds are told than were allowed, and the last one was kept, one more was begun in which nothing agreed: it is
+    charged whole, though it costs one node alone where nothing was proposed.
+
+    Args:
+        metadata: of the rounds file.
+        max_rounds: the rounds that were allowed.
+    """
     examples, experts, rounds = sum(b.answers for b in metadata.behaviors), len(metadata.experts), len(metadata.rounds)
-    nodes = rounds * NODES_A_ROUND
+    untold = rounds < max_rounds and all(told.accepted for told in metadata.rounds)
+    nodes = (rounds + untold) * NODES_A_ROUND
     return Cost(nodes * examples, (2 + experts + rounds) * examples, experts)
 
 
