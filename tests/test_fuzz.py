@@ -29,9 +29,10 @@ from mechmerge.evaluate.run import check_samples
 from mechmerge.evaluate.suites import load_suite
 from mechmerge.localize.scores import read_scores
 from mechmerge.models.adapters import adapter_digests, materialise
-from mechmerge.models.checkpoint import Checkpoint, metadata_of, read_header
+from mechmerge.models.checkpoint import Checkpoint, read_header
 from mechmerge.models.load import empty_model, load_tokenizer
 from mechmerge.models.pair import check_pair, token_ids
+from mechmerge.models.positions import positions_of
 from mechmerge.models.references import Model
 from mechmerge.pipeline.source import check_pipeline
 from mechmerge.recipe.schema import read_recipe
@@ -253,7 +254,7 @@ def opened(folder: Path) -> None:
     """What every command does with a model before it computes."""
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
-    metadata_of(checkpoint.config)
+    positions_of(checkpoint.config)
     check_pair(checkpoint, checkpoint)
     empty_model(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -10,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from mechmerge.errors import CheckpointError, InputError, MechmergeError, MissingError, PairError
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.deltas import delta_of
+from mechmerge.models.families import FAMILIES
 from mechmerge.models.load import empty_model, load_model, load_tokenizer
 from mechmerge.models.pair import align, check_pair, token_ids
+from mechmerge.models.positions import POSITIONS, positions_of
 from mechmerge.models.references import Model, find, resolve
 from tests.tiny import tiny_adapter, tiny_expert, tiny_model
 
@@ -320,6 +325,151 @@ def test_the_same_rope_in_the_old_and_the_new_spelling(base: Model, expert: Mode
     check_pair(base.checkpoint(), Checkpoint(old))
 
 
+LINEAR = {"type": "linear", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"type": "yarn", "factor": 4.0}
+FACTORS = [1.0 + i for i in range(3)]
+LONG = {"short_factor": FACTORS, "long_factor": [2 * factor for factor in FACTORS]}
+GEMMA3 = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000, "rope_scaling": None, "sliding_window_pattern": 6}
+QWEN = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 2}
+OLD_SPELLINGS: list[tuple[str, dict[str, Any]]] = [
+    *((model_type, {}) for model_type in POSITIONS),
+    ("llama", {"rope_theta": 500_000, "rope_scaling": None}),
+    ("llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 1024}}),
+    ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 1024}),
+    ("llama", {"rope_scaling": LINEAR}),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 4096}),
+    ("llama", {"rope_scaling": YARN | {"beta_fast": 32, "beta_slow": 1}}),
+    ("mistral", {"rope_theta": 1e6, "sliding_window": None}),
+    ("mistral", {"sliding_window": 4096, "max_position_embeddings": 32768}),
+    *(
+        (model_type, settings)
+        for model_type in ("qwen2", "qwen3")
+        for settings in (
+            {"rope_theta": 1e6} | QWEN,
+            {"rope_theta": 1e6} | QWEN | {"use_sliding_window": True},
+            {"use_sliding_window": True, "sliding_window": 64},
+            {"use_sliding_window": True, "max_window_layers": 0},
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 8192}, "max_position_embeddings": 32768},
+        )
+    ),
+    ("gemma2", {"rope_theta": 10000.0, "sliding_window": 4096, "cache_implementation": "hybrid"}),
+    ("gemma2", {"rope_scaling": LINEAR, "sliding_window": None}),
+    ("gemma3_text", GEMMA3 | {"sliding_window": 512, "max_position_embeddings": 32768}),
+    ("gemma3_text", GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 3}),
+    ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": LINEAR}),
+    ("gemma3_text", {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("olmo2", {"rope_theta": 500000, "rope_scaling": None, "max_position_embeddings": 4096}),
+    ("phi3", {"rope_theta": 10000.0, "rope_scaling": None, "sliding_window": 2047}),
+    ("phi3", {"partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"} | LONG, "max_position_embeddings": 131072}),
+    ("phi3", {"partial_rotary_factor": 0.75, "rope_scaling": {"type": "yarn"} | LONG}),
+    (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"} | LONG, "original_max_position_embeddings": 512},
+    ),
+    ("gpt2", {"n_positions": 512, "n_ctx": 512}),
+    ("gpt2", {"max_position_embeddings": 256}),
+    ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000}),
+    ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 25000, "rope_theta": 3.0, "partial_rotary_factor": 0.1}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rope_scaling": LINEAR}),
+]
+"""Position settings as configs of the Hub say them, by `model_type`."""
+SIZES = {"hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+LAYERED = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+"""Whose models ask `layer_types` whether a layer has the sliding window."""
+
+
+def transformers_reads(config: Any) -> dict[str, Any]:
+    """The position settings of transformers' own config object, as its models use them."""
+    found = {"rope_theta": None, "partial_rotary_factor": None, "rope_scaling": None}
+    if config.model_type != "gpt2":
+        config.standardize_rope_params()  # as RoPE's own functions do
+        kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in config.rope_parameters]
+        ropes = {kind: config.rope_parameters[kind] for kind in kinds} or {"": config.rope_parameters}
+        ignored = ("rope_theta", "partial_rotary_factor", "type")
+        defaults = [("beta_fast", 32), ("beta_slow", 1)]
+        rest = {
+            kind: {k: v for k, v in rope.items() if k not in ignored and (k, v) not in defaults} for kind, rope in ropes.items()
+        }
+        columns: dict[str, dict[str, Any]] = {
+            "rope_theta": {kind: rope["rope_theta"] for kind, rope in ropes.items()},
+            "partial_rotary_factor": {kind: rope.get("partial_rotary_factor", 1.0) for kind, rope in ropes.items()},
+            "rope_scaling": {kind: None if value["rope_type"] == "default" else value for kind, value in rest.items()},
+        }
+        for key, column in columns.items():
+            values = list(column.values())
+            found[key] = values[0] if all(value == values[0] for value in values) else column
+    window, layers = getattr(config, "sliding_window", None), "all"
+    if config.model_type in LAYERED:
+        layers = [layer for layer, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+    window = window if layers else None
+    context = {"context": config.max_position_embeddings}
+    return found | context | {"sliding_window": window, "sliding_layers": None if window is None else layers}
+
+
+@pytest.mark.parametrize(("model_type", "settings"), OLD_SPELLINGS)
+def test_positions_are_what_transformers_makes_of_them(model_type: str, settings: dict[str, Any]) -> None:
+    """The old spelling, the one that transformers saves, and the config object itself say the same."""
+    sizes = {} if model_type == "gpt2" else SIZES
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(sizes | settings))
+    saved = json.loads(config.to_json_string())
+    found = positions_of({"model_type": model_type} | sizes | settings)
+    assert found == positions_of(saved)
+    assert found == transformers_reads(config)
+
+
+def test_every_model_type_has_its_positions() -> None:
+    assert set(POSITIONS) == {model_type for family in FAMILIES for model_type in family.model_types}
+
+
+@pytest.mark.parametrize("model_type", [name for name in POSITIONS if name != "gpt2"])
+def test_every_rope_setting_counts(model_type: str) -> None:
+    """Also those that stand beside `rope_type: default`, and those of one kind of layers."""
+    saved = json.loads(transformers.AutoConfig.for_model(model_type, **SIZES).to_json_string())
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in saved["rope_parameters"]]
+    for change in ({"rope_theta": 123.0}, {"partial_rotary_factor": 0.5}, {"rope_type": "linear", "factor": 2.0}):
+        for kind in kinds or [None]:
+            other = copy.deepcopy(saved)
+            (other["rope_parameters"] if kind is None else other["rope_parameters"][kind]).update(change)
+            assert positions_of(other) != positions_of(saved)
+            assert positions_of(other) == positions_of(copy.deepcopy(other))
+
+
+def test_a_layer_with_another_window_counts() -> None:
+    saved = json.loads(transformers.AutoConfig.for_model("gemma3_text", **SIZES).to_json_string())
+    types = [*saved["layer_types"][1:], "full_attention"]
+    assert positions_of(saved | {"layer_types": types})["sliding_layers"] != positions_of(saved)["sliding_layers"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"rope_parameters": ["a"]},
+        {"rope_scaling": "yarn", "rope_parameters": 3},
+        {"rope_parameters": {"full_attention": 7, "rope_type": ["x"]}},
+        {"sliding_window": "wide", "sliding_window_pattern": 0, "use_sliding_window": 1, "max_window_layers": "two"},
+        {"layer_types": "all", "num_hidden_layers": 10**12, "use_sliding_window": True},
+        {"layer_types": [1, None, {}], "use_sliding_window": True},
+    ],
+)
+@pytest.mark.parametrize("model_type", POSITIONS)
+def test_odd_positions_are_compared_all_the_same(model_type: str, odd: dict[str, Any]) -> None:
+    assert positions_of({"model_type": model_type} | odd) == positions_of(copy.deepcopy({"model_type": model_type} | odd))
+
+
+def test_another_part_of_the_head_is_refused(tmp_path: Path) -> None:
+    base = Checkpoint(tiny_model(tmp_path / "base", "gpt_neox", tied=False))
+    rope = base.config["rope_parameters"]
+    assert rope["rope_type"] == "default"
+    other = edit_config(shutil.copytree(base.folder, tmp_path / "other"), rope_parameters=rope | {"partial_rotary_factor": 0.5})
+    with pytest.raises(PairError, match=r"partial_rotary_factor = 0\.25; found 0\.5; use --positions base"):
+        check_pair(base, Checkpoint(other))
+    hub = edit_config(
+        shutil.copytree(base.folder, tmp_path / "hub"), rope_parameters=None, rotary_pct=0.25, rotary_emb_base=10000
+    )
+    check_pair(base, Checkpoint(hub))
+
+
 def test_the_same_size_with_other_tokens_is_refused(base: Model, tmp_path: Path) -> None:
     one = Checkpoint(tiny_model(tmp_path / "one", vocabulary=["<a>"]))
     other = Checkpoint(tiny_model(tmp_path / "other", vocabulary=["<b>"]))
@@ -348,11 +498,46 @@ def test_extra_rows_are_aligned_by_token(base: Model, tmp_path: Path) -> None:
     assert align(first, second, "base").path == aligned.path
 
 
-def test_alignment_needs_both_tokenizers(base: Model, tmp_path: Path) -> None:
-    other = tiny_model(tmp_path / "other", vocabulary=["<x>"])
-    (other / "tokenizer.json").unlink()
-    with pytest.raises(PairError, match=r"tokenizer\.json"):
-        align(base, resolve(str(other)), "base")
+@pytest.mark.parametrize(("one", "other"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_rows_that_are_kept_are_no_change(tmp_path: Path, one: str, other: str) -> None:
+    """Whatever the dtypes: a row of the base's own is the base's to the last bit, and a matched one the expert's."""
+    base = resolve(str(tiny_model(tmp_path / "base", vocabulary=["<mine>", "<both>"], tied=False, dtype=one)))
+    expert = resolve(str(tiny_model(tmp_path / "expert", vocabulary=["<both>", "<theirs>"], tied=False, seed=5, dtype=other)))
+    aligned, mine, theirs = align(base, expert, "base").checkpoint(), token_ids(base.path), token_ids(expert.path)
+    assert mine is not None
+    assert theirs is not None
+    check_pair(base.checkpoint(), aligned)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        delta = delta_of(base.checkpoint(), aligned, name)
+        assert delta is not None
+        assert not delta[mine["<mine>"]].any()
+        assert delta[mine["<both>"]].any()
+        row = expert.checkpoint().tensor(name)[theirs["<both>"]]
+        assert torch.equal(aligned.tensor(name)[mine["<both>"]].float(), row.float())
+
+
+def test_vocabularies_without_a_common_token_keep_the_base(tmp_path: Path) -> None:
+    base = resolve(str(tiny_model(tmp_path / "base")))
+    other = tiny_model(tmp_path / "other", seed=5, extra_rows=2)
+    parsed = json.loads((other / "tokenizer.json").read_text())
+    parsed["model"]["vocab"], parsed["added_tokens"] = {"strange": 0}, []
+    (other / "tokenizer.json").write_text(json.dumps(parsed))
+    aligned = align(base, resolve(str(other)), "base").checkpoint()
+    assert delta_of(base.checkpoint(), aligned, "model.embed_tokens.weight") is None
+
+
+@pytest.mark.parametrize("vocabulary", [[], ["<x>"]])
+@pytest.mark.parametrize("bare", ["base", "expert"])
+def test_alignment_needs_both_tokenizers(tmp_path: Path, vocabulary: list[str], bare: str) -> None:
+    """Also where the sizes are equal: without tokens nothing says that a row means the same."""
+    folders = {"base": tiny_model(tmp_path / "base"), "expert": tiny_model(tmp_path / "expert", vocabulary=vocabulary)}
+    (folders[bare] / "tokenizer.json").unlink()
+    base, expert = (resolve(str(folder)) for folder in folders.values())
+    with pytest.raises(PairError, match=rf"{bare}: expected tokenizer\.json in both models.*--vocabulary same"):
+        align(base, expert, "base")
+    assert align(base, expert, "same") == expert
+    if not vocabulary:
+        check_pair(base.checkpoint(), expert.checkpoint())
 
 
 def test_side_files_are_those_of_the_source(base: Model, tmp_path: Path) -> None:

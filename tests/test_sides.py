@@ -50,6 +50,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: settings(folder, "generation_config.json", eos_token_id=[0, 2]),
         ["its answers end with token [0, 2]; the merge's with the base's 2"],
     ),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        ["it or the base has no tokenizer.json: equal rows are taken for equal tokens, unseen"],
+    ),
     "the same end in a list": (lambda folder: settings(folder, "generation_config.json", eos_token_id=[2]), []),
 }
 

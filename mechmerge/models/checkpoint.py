@@ -16,6 +16,7 @@ from mechmerge.errors import CheckpointError, machine_error
 from mechmerge.models.components import Block, Layout
 from mechmerge.models.digests import file_digest
 from mechmerge.models.families import Architecture, architecture
+from mechmerge.models.positions import positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +290,7 @@ class Checkpoint:
         elif name in (f"{arch.family.embed[0]}.weight", f"{arch.family.head}.weight"):
             expected = {0: arch.vocabulary, 1: arch.hidden}
         elif name in (f"{module}.weight" for module in arch.family.embed[1:]):
-            expected = {0: metadata_of(self.config)["context"], 1: arch.hidden}
+            expected = {0: positions_of(self.config)["context"], 1: arch.hidden}
         else:
             return
         if len(shape) != len(expected) or any(shape[dim] != size for dim, size in expected.items()):
@@ -337,20 +338,3 @@ def required_tensors(arch: Architecture) -> Iterator[str]:
                 yield f"{family.layers}.{layer}.{module}.weight"
     for module in (*family.embed, family.final_norm, *(() if arch.tied else (family.head,))):
         yield f"{module}.weight"
-
-
-OTHER_POSITIONS = ("rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "sliding_window")
-"""Keys of single families that say how positions are told."""
-
-
-def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The positional settings of a config that parents must share: RoPE and context length."""
-    rope = config.get("rope_parameters") or {}
-    nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0)) if isinstance(rope, dict) and not nested else None
-    scaling = rope if nested else config.get("rope_scaling")
-    if scaling is None and isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    context = config.get("max_position_embeddings", config.get("n_positions"))
-    others = {key: config[key] for key in OTHER_POSITIONS if config.get(key) is not None}
-    return {"rope_theta": theta, "rope_scaling": scaling, "context": context, "other positions": others}

@@ -15,13 +15,16 @@ from mechmerge.artifacts import atomic_folder, digest, make_once
 from mechmerge.errors import CheckpointError, PairError
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.cache import cache_folder, hold
-from mechmerge.models.checkpoint import Checkpoint, metadata_of
+from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.positions import positions_of
 from mechmerge.models.references import Model, ModelId, unchanged
 
 VocabularyRule = Literal["same", "base"]
 """`same`: other vocabularies are refused; `base`: aligned to the base's by token string."""
 PositionRule = Literal["same", "base"]
 """`same`: other RoPE or context settings are refused; `base`: allowed, and the base's config is kept."""
+ALIGNED_VERSION = 2
+"""Raised when aligned copies are written otherwise, so that those in the cache are not used."""
 
 
 def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule = "same", finite: bool = True) -> None:
@@ -54,7 +57,7 @@ def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule 
             described = [f"{name} {list(s)}" if s is not None else f"no {name}" for s in (shapes.get(name), others.get(name))]
             raise PairError(where, expected=described[0], found=described[1])
     _check_tokens(base.folder, expert.folder, where)
-    mine, theirs = metadata_of(base.config), metadata_of(expert.config)
+    mine, theirs = positions_of(base.config), positions_of(expert.config)
     if positions == "same" and mine != theirs:
         key = next(k for k in mine if mine[k] != theirs[k])
         raise PairError(
@@ -99,15 +102,23 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
     """The expert with its vocabulary rows in the base's order (a new folder in the cache), or as it is where that is right.
 
     Raises:
-        PairError: the vocabularies differ and a tokenizer is missing, so tokens cannot be matched.
+        PairError: rows are to be aligned and a model has no tokenizer.json, so tokens cannot be matched, whatever the sizes.
     """
-    mine, theirs = token_ids(base.path), token_ids(expert.path)
-    one, other = base.checkpoint(), expert.checkpoint()
-    if rule == "same" or (one.arch.vocabulary == other.arch.vocabulary and (mine == theirs or mine is None or theirs is None)):
+    if rule == "same":
         return expert
+    mine, theirs = token_ids(base.path), token_ids(expert.path)
     if mine is None or theirs is None:
-        raise PairError(str(expert.path), expected="tokenizer.json in both models to align their rows", found="none")
-    key = digest({"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides})[:32]
+        raise PairError(
+            str(base.path if mine is None else expert.path),
+            expected="tokenizer.json in both models to align their rows",
+            found="none",
+            fix="save the model's tokenizer there, or use --vocabulary same if row by row both have the same tokens",
+        )
+    one, other = base.checkpoint(), expert.checkpoint()
+    if one.arch.vocabulary == other.arch.vocabulary and mine == theirs:
+        return expert
+    parts = {"base": base.id.shards, "sides": base.sides, "expert": expert.id.shards, "own": expert.sides}
+    key = digest(parts | {"version": ALIGNED_VERSION})[:32]
     folder = cache_folder() / "aligned" / key
     hold(folder)
     rows, check = {mine[t]: theirs[t] for t in mine.keys() & theirs.keys()}, unchanged(base, expert)
@@ -122,12 +133,14 @@ def _write_aligned(base: Checkpoint, expert: Checkpoint, rows: dict[int, int], f
     family = base.arch.family
     by_token = {f"{family.embed[0]}.weight", f"{family.head}.weight", f"{family.head}.bias"}
     pairs = [(b, e) for b, e in sorted(rows.items()) if b < base.arch.vocabulary and e < expert.arch.vocabulary]
-    to, source = torch.tensor([b for b, _ in pairs]), torch.tensor([e for _, e in pairs])
+    to, source = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     tensors = {}
     for name, tensor in expert.tensors():
         if name in by_token and name in base.entries:
-            mine = base.tensor(name).to(tensor.dtype).clone()
-            mine[to] = tensor[source]
+            kept = base.tensor(name)
+            # In the wider dtype: a base row rounded to the expert's would come out as a change.
+            mine = kept.to(torch.promote_types(kept.dtype, tensor.dtype), copy=True)
+            mine[to] = tensor[source].to(mine.dtype)
             tensor = mine
         tensors[expert.stored[name]] = tensor
     config = dict(expert.config) | {"vocab_size": base.arch.vocabulary}

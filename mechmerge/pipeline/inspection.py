@@ -12,10 +12,11 @@ from mechmerge.errors import CheckpointError, InputError, PairError, SchemaError
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.adapters import is_adapter
-from mechmerge.models.checkpoint import Checkpoint, metadata_of
+from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import delta_by_depth
 from mechmerge.models.hub_files import PREFIX, is_hub_reference, local_file
 from mechmerge.models.pair import check_pair, token_ids
+from mechmerge.models.positions import positions_of
 from mechmerge.models.references import Model, resolve
 from mechmerge.pipeline.sweep import Sweep
 from mechmerge.progress import SILENT, Progress
@@ -98,7 +99,7 @@ def describe(model: Model) -> dict[str, Any]:
     checkpoint = model.checkpoint()
     arch = checkpoint.arch
     weights = {name: _count(shape) for name, shape in checkpoint.shapes.items()}
-    positions = metadata_of(checkpoint.config)
+    positions = positions_of(checkpoint.config)
     return {
         "reference": model.id.name,
         "revision": model.id.revision,
