@@ -289,6 +289,8 @@ def recipe(
     *,
     parameters: Mapping[str, Any] | None = None,
     like: str | Path | None = None,
+    within: str | Path | None = None,
+    models: Mapping[str, ModelLike] | None = None,
     seed: int = 0,
     out_dtype: OutDtype = "bfloat16",
     vocabulary: VocabularyRule = "same",
@@ -299,10 +301,12 @@ def recipe(
 
     Args:
         files: score, effect and rounds files; paths, or `hf://` references.
-        policy: `conflict`, `rounds`, `top`, a control or a baseline (`mechmerge recipe --help` lists them).
+        policy: `conflict`, `rounds`, `solve`, `top`, `weighted`, a control or a baseline (see `mechmerge recipe --help`).
         out: `recipe.yaml`.
         parameters: of the policy, such as `{"budget": 0.5}` for `top` or `{"weight.formats": 2}` for `conflict`.
         like: for the controls, the recipe whose shares they copy.
+        within: for `ties` and `dare-ties`, the recipe whose coefficients they work inside.
+        models: for controls whose delta norms no score file tells, the models, as for `merge`.
         seed: of what is drawn at random.
         out_dtype: dtype of the merged weights.
         vocabulary, positions: `same` refuses an expert that differs there, `base` takes the base's.
@@ -312,17 +316,22 @@ def recipe(
         InputError: no such policy or parameter, or a file that the policy needs is missing.
         SchemaError: a file that breaks its schema.
     """
+    from mechmerge.merge.engine import norms_of
     from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.compile import compile_recipe
     from mechmerge.recipe.schema import read_recipe, write_recipe
     from mechmerge.recipe.sources import read_sources
 
+    folders = {name: resolve(model, progress=progress).path for name, model in (models or {}).items()}
+    shared = None if like is None else read_recipe(local_file(like, progress))
     compiled = compile_recipe(
         policy,
         read_sources([local_file(file, progress) for file in files]),
         parameters=parameters,
         seed=seed,
-        like=None if like is None else read_recipe(local_file(like, progress)),
+        like=shared,
+        within=None if within is None else read_recipe(local_file(within, progress)),
+        delta_norms=None if shared is None else lambda name: norms_of(shared[0], name, folders),
         out_dtype=out_dtype,
         vocabulary=vocabulary,
         positions=positions,

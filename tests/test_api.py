@@ -33,7 +33,8 @@ SIGNATURES = {
     "publish": "(source, repo, *, model=, gate=, evaluation=, no_gate=, mode=, branch=, private=, dry_run=, tag=, "
     "license=, progress=)",
     "publish_scores": "(run, repo, *, mode=, branch=, private=, dry_run=, tag=, license=, progress=)",
-    "recipe": "(files, policy, out, *, parameters=, like=, seed=, out_dtype=, vocabulary=, positions=, progress=)",
+    "recipe": "(files, policy, out, *, parameters=, like=, within=, models=, seed=, out_dtype=, vocabulary=, positions=, "
+    "progress=)",
     "report": "(run)",
     "resolve": "(model, *, progress=)",
     "rounds": "(base, experts, behaviors, out, *, weights=, protect=, solve=, settings=, progress=)",
@@ -213,6 +214,11 @@ def test_the_readmes_example_runs(
     )
     assert [path.name for path in scores] == ["loud.safetensors"]
     assert mechmerge.inspect(scores[0]).kind == "scores"
+    # What the command takes: a baseline within a recipe, and norms of models that no score file tells of.
+    inside = mechmerge.recipe(["effects.safetensors"], "ties", "inside.yaml", within="recipe.yaml")
+    assert inside.policy.name == "ties within conflict"
+    like = mechmerge.recipe(["effects.safetensors"], "magnitude", "like.yaml", like="recipe.yaml", models={"a": expert})
+    assert like.policy.name == "magnitude like conflict"
     with pytest.raises(mechmerge.InputError, match="neither"):
         mechmerge.export("recipe.yaml", "adapter")
     adapter = mechmerge.export("recipe.yaml", "adapter", rank=4)

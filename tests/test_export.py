@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mechmerge.artifacts import read_document
+from mechmerge.artifacts import lock, read_document
 from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, MechmergeError
+from mechmerge.merge.engine import lock_of
 from mechmerge.merge.export import Export, check_adapter, export_lora
 from mechmerge.merge.lowrank import factorise
 from mechmerge.merge.reference import merged_tensor
@@ -302,3 +304,35 @@ def test_an_expert_as_a_checkpoint(base: Model, expert: Model, second_expert: Mo
     merged = Checkpoint(tmp_path / "out")
     for name, tensor in direct_sum(tmp_path / "out" / "recipe.yaml", base, {"one": expert}).items():
         assert torch.equal(merged.tensor(name), tensor), name
+
+
+# ------------------------------------------------------------------------------------------------------- beside other calls
+def test_weights_that_change_meanwhile_are_noticed(
+    base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechmerge.merge import export as module
+
+    folder = tmp_path / "expert"
+    shutil.copytree(expert.path, folder)
+    file = written(tmp_path, base, {"e": resolve(str(folder))})
+
+    def changing(*given: Any) -> Any:
+        found = putting(*given)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes())
+        return found
+
+    putting = module._put_together
+    monkeypatch.setattr(module, "_put_together", changing)
+    with pytest.raises(MechmergeError, match=r"model\.safetensors"):
+        export_lora(file, tmp_path / "adapter", 4)
+    assert not list(tmp_path.glob("*adapter*"))
+
+
+def test_two_exports_do_not_work_on_one_folder(base: Model, expert: Model, tmp_path: Path) -> None:
+    file, out = written(tmp_path, base, {"e": expert}), tmp_path / "adapter"
+    with lock(lock_of(out), "another export"), pytest.raises(InputError, match="no other process"):
+        export_lora(file, out, 4)
+    assert not out.exists()
+    export_lora(file, out, 4)
+    assert [path.name for path in tmp_path.glob("*adapter*")] == ["adapter"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,55 @@ from tests.test_merge import check_formula, random_masks, written
 def test_another_version_is_one_clear_line() -> None:
     with pytest.raises(MissingError, match=r"^mergekit: expected version 9\.9; found 0\.1\.5; pip install mergekit==9\.9$"):
         probe(wanted="9.9")
+
+
+def test_no_mergekit_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(MissingError, match=r"^mergekit: expected version 0\.1\.5; found none; pip install mergekit==0\.1\.5$"):
+        probe()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("mergekit.nowhere:Executor", "No module named 'mergekit.nowhere'"),
+        ("mergekit.graph:Nothing", "module 'mergekit.graph' has no attribute 'Nothing'"),
+        ("mergekit.graph:Executor.walk", "type object 'Executor' has no attribute 'walk'"),
+    ],
+)
+def test_a_name_that_mergekit_lacks_is_one_clear_line(place: str, said: str) -> None:
+    with pytest.raises(MissingError) as raised:
+        probe({"mergekit.graph:Executor.run": ("quiet",), place: ()})
+    assert str(raised.value) == f"mergekit 0.1.5: expected {place}; found {said}; pip install mergekit==0.1.5"
+
+
+@pytest.mark.parametrize("place", ["mergekit.graph:Executor.run", "mergekit.merge:MergeOptions"])
+def test_a_parameter_that_mergekit_lacks_is_one_clear_line(place: str) -> None:
+    """Of a function, and of a model of pydantic; those that are there are not named."""
+    assert probe({place: ("quiet",)}) == "0.1.5"
+    with pytest.raises(MissingError) as raised:
+        probe({place: ("quiet", "zeal", "loud")})
+    assert str(raised.value) == f"mergekit 0.1.5: expected {place} with loud, zeal; found none; pip install mergekit==0.1.5"
+
+
+def test_what_is_needed_is_there() -> None:
+    assert probe() == "0.1.5"
+
+
+def test_importing_the_method_probes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one line, not what the import of another mergekit happens to fail with; and the next import asks again."""
+    assert probe() == "0.1.5"
+    monkeypatch.delitem(sys.modules, "mechmerge.merge.method", raising=False)
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods.base", None)
+    with pytest.raises(MissingError, match=r"^mergekit 0\.1\.5: expected mergekit\.merge_methods\.base:\S+; found .*halted"):
+        importlib.import_module("mechmerge.merge.method")
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9")
+    with pytest.raises(MissingError, match=r"^mergekit: expected version 0\.1\.5; found 9\.9; pip install mergekit==0\.1\.5$"):
+        importlib.import_module("mechmerge.merge.method")
+    assert "mechmerge.merge.method" not in sys.modules
 
 
 def test_mergekits_tools_are_found_and_others_refused() -> None:

@@ -13,8 +13,8 @@ from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.recipe.compile import shares
 from mechmerge.recipe.controls import TOLERANCE, magnitude_like, moved_norm, norm_matched, random_like
+from mechmerge.recipe.explain import shares
 from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
 from mechmerge.recipe.schema import Masks
 from tests.measured import LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
@@ -247,6 +247,20 @@ def test_weighted_overlap_and_what_it_says() -> None:
             weighted({"first": [one]}, budget)
     bare = ScoreFile(one.metadata, {n: np.full_like(a, np.nan) if n == "head.screen" else a for n, a in one.arrays.items()})
     assert (weighted({"first": [bare]}, 0.5).masks["first.head"] == 0).all()
+
+
+def test_a_file_that_is_left_out_opens_no_layers() -> None:
+    """An anchor that is not valid may lie deeper; components above the one that is used have no score."""
+    used = score_file(3)
+    left = score_file(4, behavior="other", valid=False)
+    assert left.metadata.anchor is not None
+    deeper = left.metadata.anchor.model_copy(update={"layer": LAYERS})
+    left = ScoreFile(left.metadata.model_copy(update={"anchor": deeper}), left.arrays)
+    assert left.depth > used.depth
+    for scale in ("rank", "share"):
+        both, alone = (weighted({"first": files}, 0.3, scale) for files in ([used, left], [used]))  # type: ignore[arg-type]
+        assert all(np.array_equal(both.masks[name], alone.masks[name]) for name in alone.masks)
+    assert all((mask[used.depth :] == 0).all() for mask in both.masks.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- controls

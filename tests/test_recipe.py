@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mechmerge.artifacts import parse_document, parse_yaml, to_yaml
+from mechmerge.artifacts import parse_document, parse_yaml, sha256_file, to_yaml
 from mechmerge.cli.recipe import command
 from mechmerge.errors import InputError, MechmergeError, SchemaError
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS, Component
@@ -21,7 +21,8 @@ from mechmerge.models.deltas import delta_norms
 from mechmerge.models.families import architecture
 from mechmerge.models.references import Model, ModelId
 from mechmerge.recipe.coefficients import coefficients
-from mechmerge.recipe.compile import POLICIES, compile_recipe, shares
+from mechmerge.recipe.compile import POLICIES, compile_recipe
+from mechmerge.recipe.explain import shares
 from mechmerge.recipe.schema import MaskFile, Policy, Recipe, RecipeExpert, Rule, Source, read_recipe, write_recipe
 from mechmerge.recipe.sources import expert_name, read_sources
 from tests.measured import BASE, FIRST, LAYERS, SECOND, UNITS, effect_file, score_file
@@ -374,6 +375,19 @@ def test_a_control_takes_no_word_for_a_truth_value(measured: list[Path], policy:
     like = compile_recipe("conflict", sources)
     with pytest.raises(InputError, match=f"{name}: expected true or false; found 'no'"):
         compile_recipe(policy, sources, parameters={name: "no"}, like=(like.recipe, like.masks))
+
+
+def test_what_copies_a_recipe_names_it(measured: list[Path], tmp_path: Path) -> None:
+    """By the digest of its file: so it is known which recipe a control was the control of."""
+    sources = read_sources(measured)
+    made = compile_recipe("conflict", sources)
+    write_recipe(tmp_path / "recipe.yaml", made.recipe, made.masks)
+    like, digest = read_recipe(tmp_path / "recipe.yaml"), sha256_file(tmp_path / "recipe.yaml")
+    for policy, how in (("random", "like"), ("magnitude", "like"), ("ties", "within")):
+        recipe = compile_recipe(policy, sources, **{how: like}).recipe  # type: ignore[arg-type]
+        assert [s.sha256 for s in recipe.provenance if s.kind == "recipe"] == [digest], policy
+        assert [s for s in recipe.provenance if s.kind != "recipe"] == list(sources.provenance)
+    assert all(source.kind != "recipe" for source in made.recipe.provenance)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors"])

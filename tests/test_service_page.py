@@ -27,7 +27,8 @@ from mechmerge.evaluate.record import Evaluation
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
-from mechmerge.recipe.compile import POLICIES, compile_recipe, expected_change, shares
+from mechmerge.recipe.compile import POLICIES, compile_recipe, expected_change
+from mechmerge.recipe.explain import shares
 from mechmerge.recipe.sources import read_sources
 from mechmerge.report.style import signed
 from mechmerge.service.access import COOKIE
@@ -569,7 +570,7 @@ def test_what_is_wrong_is_said_on_a_page(every: Shown, path: str, status: int, s
         ("policy=top&budget=0.75&overlap=share", "top", {"budget": 0.75, "overlap": "share"}),
         ("policy=conflict&weighting=equal&agreement=no", "conflict", {"weighting": "equal", "agreement": False}),
         ("policy=conflict&weight.formats=3", "conflict", {"weighting": "own-gain", "agreement": True, "weight.formats": 3.0}),
-        ("policy=ties&weight=0.5&density=0.4", "ties", {"weight": 0.5, "density": 0.4}),
+        ("policy=ties&weight=0.5&density=0.4", "ties", {"weight": 0.5, "density": 0.4, "lambda": 1.0}),
         ("policy=weighted&budget=0.4", "weighted", None),
         ("policy=solve&budget=0.5&unproven=yes", "solve", {"budget": 0.5, "agreement": True, "unproven": True}),
     ],

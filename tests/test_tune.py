@@ -26,6 +26,7 @@ from mechmerge.evaluate.suites import Suite, SuitePrompt, dealt, load_suite
 from mechmerge.localize.effect_file import read_effects
 from mechmerge.merge.engine import merge, open_models
 from mechmerge.merge.in_memory import merge_id, merged_model
+from mechmerge.models.load import load_model, load_tokenizer, quiet
 from mechmerge.models.packed import load_packed
 from mechmerge.models.references import Model, resolve
 from mechmerge.pipeline.examining import Examiner, check_development
@@ -40,7 +41,7 @@ from mechmerge.recipe.schema import MergekitMethod, read_recipe
 from mechmerge.recipe.sources import read_sources
 from mechmerge.recipe.strengths import strengthened
 from tests.test_components import MODEL_TYPES
-from tests.test_generation import Recorder
+from tests.test_generation import Recorder, lively
 from tests.test_merge import random_masks, written
 from tests.test_pipeline import write_pipeline
 from tests.tiny import tiny_expert, tiny_model
@@ -103,7 +104,7 @@ def test_what_is_open() -> None:
     assert untouched(opened, plan)["budget"] == 0.3
     conflict = space_of(RecipePlan(policy="conflict"), ("a",), ("x", "y", "z"))
     assert [one.name for one in conflict] == ["agreement", "weight.y", "weight.z", "strength.a"]
-    assert [one.name for one in space_of(RecipePlan(policy="ties"), ("a",), ("x",))] == ["density", "strength.a"]
+    assert [one.name for one in space_of(RecipePlan(policy="ties"), ("a",), ("x",))] == ["density", "lambda"]
     with pytest.raises(InputError, match="nothing"):
         space_of(RecipePlan(policy="sce"), ("a",), ("x",))  # a strength would change nothing
     closed = RecipePlan(policy="task-arithmetic", parameters={"strength.a": 0.5})
@@ -175,13 +176,13 @@ def test_a_pipeline_for_the_test_split_is_tuned_on_the_develop_split(
 
 
 # --------------------------------------------------------------------------------------------------------------- examining
-def small_suite(name: str = "short", n: int = 12) -> Suite:
+def small_suite(name: str = "short", n: int = 12, text: str = "e") -> Suite:
     prompts = tuple(
         SuitePrompt.model_validate(
             {
                 "id": w,
                 "prompt": f"Say {w}.",
-                "verifier": {"name": "contains", "arguments": {"text": "e"}},
+                "verifier": {"name": "contains", "arguments": {"text": text}},
                 "group": "even" if i % 2 else "odd",
             }
         )
@@ -210,17 +211,20 @@ def test_chunks_are_fair_parts(base: Model, expert: Model, tmp_path: Path) -> No
     assert sorted(dealt(small_suite())) == list(range(12))
 
 
-def test_an_examination_is_the_evaluation_of_the_written_merge(
-    base: Model, expert: Model, second_expert: Model, tmp_path: Path
-) -> None:
+def test_an_examination_is_the_evaluation_of_the_written_merge(base: Model, tmp_path: Path) -> None:
     """In float32 and exactly, where answers do not depend on the chunks: the metrics that `evaluate` gives the checkpoint."""
-    experts = {"a": expert, "b": second_expert}
-    file = written(tmp_path, base, experts, random_masks(base, experts), 0.6, out_dtype="float32")
+    with quiet():
+        lively(load_model(base.path)).save_pretrained(tmp_path / "talker")
+        load_tokenizer(base.path).save_pretrained(tmp_path / "talker")
+    talker = resolve(str(tmp_path / "talker"))
+    noisy = {name: tiny_expert(talker.path, tmp_path / name, seed, 0.05) for seed, name in enumerate("ab", 1)}
+    experts = {name: resolve(str(path)) for name, path in noisy.items()}
+    file = written(tmp_path, talker, experts, random_masks(talker, experts), 0.6, out_dtype="float32")
     merge(file, tmp_path / "merged")
-    suite = small_suite()
-    models = {"base": base, **experts, "m": resolve(str(tmp_path / "merged"))}
+    suite = small_suite(text="0")
+    models = {"base": talker, **experts, "m": resolve(str(tmp_path / "merged"))}
     plain = evaluate(models, [suite], tmp_path / "plain" / "evaluation.json", EvaluateSettings(dtype="float32", exact=True))
-    one = examiner(base, experts, tmp_path / "examined", [suite], 4)
+    one = examiner(talker, experts, tmp_path / "examined", [suite], 4)
     found = one.examine("m", *read_recipe(file))
     assert found.judged is not None
     assert found.judged.metrics["short"] == plain.metric("m", "short").value
@@ -228,7 +232,8 @@ def test_an_examination_is_the_evaluation_of_the_written_merge(
     assert [found.passed[i] for i in range(12)] == [bool(value) for value in outcomes]
     for name in ("base", "a", "b"):
         assert one.reference(name).metrics["short"] == plain.metric(name, "short").value
-    assert 0 < sum(found.passed.values()) < 12 or len({m.value for m in plain.metrics("m").values()}) >= 1
+    assert 0 < sum(found.passed.values()) < 12, "all or none would be the same in any order"
+    assert len({tuple(plain.column(name, "short").values) for name in models}) == 4, "no two models pass the same prompts"
 
 
 def test_a_merge_is_given_up_between_chunks(base: Model, expert: Model, tmp_path: Path) -> None:
@@ -314,8 +319,8 @@ def test_predictions_order_the_first_trials(tuned: tuple[Path, Tuning]) -> None:
                         gain += float((values[b, e].astype(np.float64) * c).sum())
             if behavior.own_gain > 0:
                 shares.append(min(gain / behavior.own_gain, 1.0))
-        if shares:
-            assert trial.predicted == pytest.approx(np.mean(shares), abs=1e-5)
+        assert shares, "an expert that gains on its behaviour, or there is nothing to predict"
+        assert trial.predicted == pytest.approx(np.mean(shares), abs=1e-5)
         assert kept_gain(effects, compiled) == trial.predicted
 
 
@@ -366,9 +371,9 @@ def test_patience_and_target_end_a_search(pipeline: Path, tuned: tuple[Path, Tun
     out, found = tuned
     impatient = tune(pipeline, out, SETTINGS.model_copy(update={"patience": 2}))
     assert impatient.trials == found.trials[: len(impatient.trials)]
-    if len(impatient.trials) < 9:
-        assert impatient.stopped == "patience"
-        assert len(impatient.trials) - 1 - impatient.best == 2
+    assert len(impatient.trials) < 9, "trials are left when it ends"
+    assert impatient.stopped == "patience"
+    assert len(impatient.trials) - 1 - impatient.best == 2
     easy = tune(pipeline, out, SETTINGS.model_copy(update={"target": found.trials[0].quality}))
     assert (easy.stopped, len(easy.trials)) == ("target", 1)
     assert tune(pipeline, out, SETTINGS) == found
@@ -438,7 +443,7 @@ def test_what_the_policy_refuses_is_said(pipeline: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("policy", ["conflict", *BASELINES])
-def test_what_needs_effects_alone_measures_nothing_else(policy: Any, tmp_path: Path) -> None:
+def test_what_needs_effects_alone_or_nothing_measures_nothing_else(policy: Any, tmp_path: Path) -> None:
     class Known:
         """Stages that say what was asked of them."""
 
@@ -448,8 +453,9 @@ def test_what_needs_effects_alone_measures_nothing_else(policy: Any, tmp_path: P
             return lambda: self.asked.append(name)
 
     known: Any = Known()
-    assert measured(known, RecipePlan(policy=policy)) == [tmp_path / "effects.safetensors"]
-    assert known.asked == ["effects"]
+    foreseen = policy in ("conflict", "task-arithmetic")  # what other baselines do no effects of components foresee
+    assert measured(known, RecipePlan(policy=policy)) == ([tmp_path / "effects.safetensors"] if foreseen else [])
+    assert known.asked == (["effects"] if foreseen else [])
 
 
 def test_a_policy_of_scores_localizes_first(pipeline: Path, tmp_path: Path) -> None:

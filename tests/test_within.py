@@ -85,9 +85,10 @@ def test_inside_everything_it_is_mergekits_own(
 ) -> None:
     experts = {"one": expert, "two": second_expert}
     selection = written(tmp_path / "all", base, experts, out_dtype="float32")
-    merge(compiled(tmp_path / "w", policy, selection, base, experts, density=0.4, weight=0.7), tmp_path / "within")
+    parameters = {"density": 0.4, "weight": 0.7} | ({"lambda": 1.3} if policy == "ties" else {})
+    merge(compiled(tmp_path / "w", policy, selection, base, experts, **parameters), tmp_path / "within")
     sources = Sources(base.id, {name: model.id for name, model in experts.items()})
-    plain = compile_recipe(policy, sources, parameters={"density": 0.4, "weight": 0.7}, seed=7, out_dtype="float32")
+    plain = compile_recipe(policy, sources, parameters=parameters, seed=7, out_dtype="float32")
     write_recipe(tmp_path / "plain.yaml", plain.recipe)
     merge(tmp_path / "plain.yaml", tmp_path / "theirs")
     theirs = Checkpoint(tmp_path / "theirs")
@@ -174,7 +175,7 @@ def test_the_command(base: Model, expert: Model, second_expert: Model, tmp_path:
     assert "mechmerge_within" in (out.parent / "mergekit.yaml").read_text()
     made, masks = read_recipe(out)
     assert made.mergekit == MergekitMethod(
-        method="ties", parameters={"normalize": True}, within=True,
+        method="ties", parameters={"normalize": True, "lambda": 1.0}, within=True,
         expert_parameters={n: {"density": 0.3, "weight": 1.0} for n in made.experts},
     )  # fmt: skip
     assert masks.keys() == read_recipe(chosen)[1].keys()

@@ -65,7 +65,8 @@ class CommandWithOthers(click.Command):
     "--scale", type=click.Choice(["rank", "share"]), help="weighted: coefficients by rank or in proportion to scores."
 )
 @click.option("--weight", "weights", multiple=True, metavar="[NAME=]W",
-              help="conflict: weight of a behaviour, as NAME=W; baselines: weight of every expert, as W.")  # fmt: skip
+              help="conflict: weight of a behaviour, as NAME=W; baselines: weight of every expert, as W"
+                   " (linear, ties and della divide by it).")  # fmt: skip
 @click.option(
     "--weighting", type=click.Choice(["own-gain", "equal"]), help="conflict: divide weights by the own expert's gain or not."
 )
@@ -82,8 +83,9 @@ class CommandWithOthers(click.Command):
 @click.option("--unproven", is_flag=True, default=None,
               help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
 @click.option("--strength", "strengths", multiple=True, metavar="NAME=S",
-              help="Multiply every coefficient of an expert, whatever the policy.")  # fmt: skip
+              help="Multiply every coefficient of an expert (in linear, ties and della only ratios matter).")  # fmt: skip
 @click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties, della, breadcrumbs: share of every delta kept.")
+@click.option("--lambda", type=click.FloatRange(-100, 100), help="ties, della: what is added to the base, times this (1).")
 @click.option("--epsilon", type=click.FloatRange(0, 1), help="della: half the range of the drawing probabilities (.15).")
 @click.option("--gamma", type=click.FloatRange(0, 1), help="breadcrumbs: share of the largest elements left out (.01).")
 @click.option("--topk", type=click.FloatRange(0, 1), help="sce: share of elements kept, by variance over experts (1).")
@@ -133,6 +135,7 @@ def command(
     Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two.
     """
     from mechmerge.cli.models import open_folders
+    from mechmerge.merge.engine import norms_of
     from mechmerge.models.hub_files import local_file
     from mechmerge.recipe.compile import compile_recipe
     from mechmerge.recipe.schema import read_recipe, write_recipe
@@ -152,7 +155,7 @@ def command(
         seed=seed,
         like=model,
         within=None if within is None else read_recipe(local_file(within, progress)),
-        delta_norms=None if model is None else lambda name: _norms(model[0], name, folders),
+        delta_norms=None if model is None else lambda name: norms_of(model[0], name, folders),
         **common,
     )
     for note in compiled.notes:
@@ -162,8 +165,15 @@ def command(
     if text is not None:
         from mechmerge.artifacts import write_text
 
+        if recipe.mergekit is not None and recipe.policy.seed is not None:
+            progress.note(f"mergekit draws anew unless told: mergekit-yaml --random-seed {recipe.policy.seed}")
         write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
-    show_all(summary(recipe, compiled.masks, sources.effects, sources.unit_parameters()), output)
+    show_all(
+        summary(
+            recipe, compiled.masks, sources.effects, sources.unit_parameters(), scores=sources.scores, rounds=sources.rounds
+        ),
+        output,
+    )
 
 
 def _parameters(policy: str, weights: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -201,15 +211,6 @@ def _of_behaviors(sources: Any, protect: tuple[str, ...], limits: tuple[str, ...
             )  # fmt: skip
     found = {f"weight.{name}": value for name, value in weights.items()}
     return found | {f"limit.{name}": value for name, value in named_numbers(limits, "--limit").items()}
-
-
-def _norms(recipe: Any, name: str, folders: dict[str, Path]) -> Any:
-    """Delta norms of an expert, from the models themselves."""
-    from mechmerge.merge.engine import open_models
-    from mechmerge.models.deltas import delta_norms
-
-    base, experts = open_models(recipe, folders)
-    return delta_norms(base, experts[name])
 
 
 def _emitted(form: str, recipe: Any, masks: Any, out: Path, folders: dict[str, Path]) -> str:

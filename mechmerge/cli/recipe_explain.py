@@ -8,10 +8,6 @@ import click
 
 from mechmerge.cli.common import format_option, make_progress, show_all
 
-EFFECTS = click.option(
-    "--effects", metavar="FILE", help="The effect file that it was made from: adds what is expected and contested."
-)
-
 
 @click.command()
 @click.argument("one", metavar="A")
@@ -57,72 +53,138 @@ def diff(one: str, other: str, output: str) -> None:
 @click.command()
 @click.argument("recipe")
 @click.option("--component", metavar="NAME", help="One component, such as L7.head.3, L7.attention or embed.")
-@EFFECTS
+@click.option("--effects", metavar="FILE", help="The effect file that it was made from: adds what is expected and contested.")
+@click.option("--rounds", metavar="FILE", help="The rounds file that it was made from: adds what each round did.")
+@click.option("--scores", multiple=True, metavar="FILE",
+              help="top, weighted: the score files that it was made from: adds what each expert wanted.")  # fmt: skip
+@click.option("--all-conflicts", is_flag=True, help="Name every conflict, not the ten strongest.")
 @format_option
-def explain(recipe: str, component: str | None, effects: str | None, output: str) -> None:
+def explain(
+    recipe: str,
+    component: str | None,
+    effects: str | None,
+    rounds: str | None,
+    scores: tuple[str, ...],
+    all_conflicts: bool,
+    output: str,
+) -> None:
     """Print what RECIPE takes from whom, or what it does with one component and why.
 
     Without --component: shares and parameters by expert, kind and depth, components that several experts put in, and the
-    expected change of each behaviour; with --effects also what was contested, and the expected recovery.
-    With --component: its coefficient from each expert, what decides it, and with --effects what it does to each behaviour.
+    expected change and recovery of each behaviour; with what it was made from also what was contested, and how each conflict
+    was resolved.
+
+    With --component: its coefficient from each expert, what decides it, and with --effects what it does to each behaviour and
+    the sums that decide. What cannot be told is named, with what would tell it.
     """
-    from mechmerge.localize.effect_file import read_effects
     from mechmerge.models.hub_files import local_file
+    from mechmerge.recipe.conflicts import STRONGEST
+    from mechmerge.recipe.schema import read_recipe
+    from mechmerge.recipe.sources import read_again
+
+    progress = make_progress(quiet=False)
+
+    def local(file: str | None) -> Any:
+        return None if file is None else local_file(file, progress)
+
+    made, masks = read_recipe(local(recipe))
+    sources, notes = read_again(made, masks, local(effects), local(rounds), [local(file) for file in scores])
+    for note in notes:
+        progress.note(note)
+    measured = (sources.effects, sources.rounds, sources.scores)
+    if component is not None:
+        show_all(of_component(made, masks, component, *measured), output)
+        return
+    most = None if all_conflicts else STRONGEST
+    show_all(summary(made, masks, sources.effects, rounds=sources.rounds, scores=sources.scores, strongest=most), output)
+
+
+def of_component(
+    recipe: Any, masks: Any, component: str, effects: Any = None, rounds: Any = None, scores: Any = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The tables of one component, by title."""
+    from mechmerge.recipe.conflicts import counts_of, effect_shapes, weight_rows
     from mechmerge.recipe.explain import (
         component_effects,
         component_rows,
-        effect_shapes,
         mask_shapes,
         plain_architecture,
         resolved,
+        score_rows,
+        undecided_rows,
+        weighted_rows,
     )
-    from mechmerge.recipe.schema import read_recipe
 
-    progress = make_progress(quiet=False)
-    made, masks = read_recipe(local_file(recipe, progress))
-    measured = None if effects is None else read_effects(local_file(effects, progress))
-    if component is None:
-        show_all(summary(made, masks, measured), output)
-        return
-    shapes = effect_shapes(measured) | mask_shapes(masks)
-    found = resolved(made, masks, shapes)
-    tables = {component: component_rows(made, masks, found, component)}
-    if measured is not None:
-        title = f"effects of {component}, {measured.metadata.unit} (positive helps)"
-        tables[title] = component_effects(measured, component, plain_architecture(shapes, tied=False))
-    show_all(tables, output)
+    shapes = effect_shapes(effects) | mask_shapes(masks)
+    found = resolved(recipe, masks, shapes)
+    tables = {component: component_rows(recipe, masks, found, component)}
+    if scores and recipe.policy.name in ("top", "weighted"):
+        tables[f"scores of {component}"] = score_rows(recipe, found, scores, component)
+    if effects is not None:
+        title = f"effects of {component}, {effects.metadata.unit} (positive helps)"
+        tables[title] = component_effects(effects, component, plain_architecture(shapes, tied=False))
+        counts = counts_of(recipe, effects, rounds)
+        if not isinstance(counts, str):
+            tables["what an effect counts"] = weight_rows(recipe, effects, counts)
+            title = f"weighted effects of {component} (effect × what it counts)"
+            tables[title] = weighted_rows(recipe, found, effects, counts, component)
+    if unknown := undecided_rows(recipe, effects, rounds, scores):
+        tables["not known"] = unknown
+    return tables
 
 
 def summary(
-    recipe: Any, masks: Any, effects: Any = None, sizes: dict[str, int] | None = None
+    recipe: Any,
+    masks: Any,
+    effects: Any = None,
+    sizes: dict[str, int] | None = None,
+    *,
+    rounds: Any = None,
+    scores: Any = None,
+    strongest: int | None = 10,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The tables of a whole recipe, by title; those that cannot be made are left out.
+    """The tables of a whole recipe, by title; those that cannot be made are left out, and what nobody can tell is named.
 
     Args:
         recipe: the recipe.
         masks: its masks.
         effects: the effect file that it was made from, where there is one.
         sizes: parameters of a unit by kind, where the recipe does not tell.
+        rounds: the rounds file that it was made from.
+        scores: the score files that it was made from, by expert.
+        strongest: how many conflicts are named; None: all.
     """
     from mechmerge.localize.effect_file import UNITS
     from mechmerge.models.components import UNIT_KINDS
-    from mechmerge.recipe.compile import shares
+    from mechmerge.recipe.conflicts import effect_shapes
     from mechmerge.recipe.explain import (
         contested_rows,
         depth_rows,
-        effect_shapes,
         expected_rows,
+        has_coefficients,
         mask_shapes,
         overlap_rows,
+        own_gains,
         parameters_of,
+        predicted_by,
         resolved,
+        round_rows,
+        shares,
+        undecided_rows,
+        unexpected_rows,
     )
+    from mechmerge.recipe.sources import effects_of
 
     told = recipe.parameters or sizes or (effects.metadata.parameters if effects is not None else {})
     rows = shares(recipe, masks, told)
     tables = {f"recipe {recipe.policy.name}": rows}
     shapes = effect_shapes(effects) | mask_shapes(masks)
-    if (recipe.mergekit is None or recipe.mergekit.within) and set(UNIT_KINDS) <= shapes.keys():
+    # A recipe made like another one has that one's names, and may have its experts.
+    effects = None if effects is None else effects_of(recipe, effects)
+    found = None
+    if not has_coefficients(recipe):
+        tables["by depth"] = depth_rows(recipe, None, {})
+    elif set(UNIT_KINDS) <= shapes.keys():
         found = resolved(recipe, masks, shapes)
         if told:
             for row, (taken, whole) in zip(rows, parameters_of(recipe, found, told).values(), strict=True):
@@ -132,6 +194,29 @@ def summary(
             tables["components of several experts"] = overlap_rows(recipe, found)
         if effects is not None:
             tables["contested components"] = contested_rows(recipe, found, effects)
-    if recipe.predicted is not None:
-        tables[f"against the base, {UNITS[recipe.predicted_on]}"] = expected_rows(recipe, effects)
+        tables |= _conflicts(recipe, found, effects, rounds, scores, strongest)
+    if rounds is not None:
+        tables["rounds"] = round_rows(rounds)
+    if (expected := predicted_by(recipe, found, effects)) is not None:
+        change, metric = expected
+        gains = own_gains(recipe, metric, effects, rounds)
+        tables[f"against the base, {UNITS[metric]}"] = expected_rows(recipe, change, metric, gains, effects)
+    if unknown := unexpected_rows(recipe, effects, rounds) + undecided_rows(recipe, effects, rounds, scores):
+        tables["not known"] = unknown
     return tables
+
+
+def _conflicts(
+    recipe: Any, found: Any, effects: Any, rounds: Any, scores: Any, strongest: int | None
+) -> dict[str, list[dict[str, Any]]]:
+    """The table that names what was contested, under a title that says of how many; nothing where nothing tells."""
+    from mechmerge.recipe.conflicts import conflict_rows, counts_of, overlap_conflict_rows
+
+    if recipe.policy.name in ("top", "weighted"):
+        rows, number = overlap_conflict_rows(recipe, found, scores, strongest)
+    elif effects is None or isinstance(counts := counts_of(recipe, effects, rounds), str):
+        return {}
+    else:
+        rows, number = conflict_rows(recipe, found, effects, counts, strongest)
+    cut = f", the {len(rows)} strongest of {number:,}" if len(rows) < number else ", strongest first"
+    return {f"conflicts{cut}": rows} if rows else {}

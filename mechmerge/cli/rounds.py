@@ -41,13 +41,16 @@ def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The rounds file.")
 @click.option("--metric", default="loss", show_default=True, expose_value=False, callback=loss_alone,
               help="Rounds are measured on the loss alone.")  # fmt: skip
-@click.option("--max-rounds", type=click.IntRange(1, 4), default=4, show_default=True, help="Most rounds.")
+@click.option("--max-rounds", type=click.IntRange(1, 4), help="Most rounds (4).")
 @click.option("--solve", "effects", type=click.Path(path_type=Path, dir_okay=False), metavar="EFFECTS",
               help="Instead of rounds: a linear program over this effect file, measured, and once more if off.")  # fmt: skip
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
               help="solve: fraction of each expert's head + kv + neuron parameters (default: all).")  # fmt: skip
 @click.option("--limit", "limits", multiple=True, metavar="NAME=NATS",
               help="solve: most rise of a behaviour's loss above the base's (protected ones: 0.1); repeat.")  # fmt: skip
+@click.option("--agreement/--no-agreement", default=None, help="solve: the worst case is that of both halves of the prompts.")
+@click.option("--tolerance", type=click.FloatRange(0, min_open=True),
+              help="solve: share of its expert's gain by which a prediction may be off unmeasured (0.1).")  # fmt: skip
 @click.option("--unproven", is_flag=True, help="solve: although predictions of the effects are not known to come true.")
 @memory_options
 @pair_options
@@ -65,6 +68,9 @@ def command(
     effects: Path | None,
     budget: float | None,
     limits: tuple[str, ...],
+    max_rounds: int | None,
+    agreement: bool | None,
+    tolerance: float | None,
     unproven: bool,
     only_plan: bool,
     threads: int | None,
@@ -92,12 +98,22 @@ def command(
     from mechmerge.models.references import resolve
     from mechmerge.models.sides import note_differences
 
-    if effects is None and (budget is not None or limits or unproven):
-        raise InputError("rounds", expected="--solve EFFECTS with --budget, --limit and --unproven", found="none")
+    given = {"budget": budget, "limits": named_numbers(limits, "--limit") or None, "agreement": agreement,
+             "tolerance": tolerance, "unproven": unproven or None}  # fmt: skip
+    told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if effects is None and told:
+        raise InputError("rounds", expected=f"--solve EFFECTS with what belongs to it ({', '.join(told)})", found="none")
+    if effects is not None and (only_plan or max_rounds is not None):
+        found = "--plan" if only_plan else "--max-rounds"
+        raise InputError(
+            "rounds --solve", expected="what belongs to a solution, which takes a few passes of losses", found=found
+        )
     rows = behavior_rows(behaviors, weights, protect)
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
+    if max_rounds is not None:
+        options["max_rounds"] = max_rounds
     settings, model = RoundSettings(**options), resolve(base, progress=progress)
     note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
@@ -108,7 +124,6 @@ def command(
             file = settle(model, models, rows, out, settings, progress)
         else:
             common = settings.model_dump(exclude={"max_rounds"})
-            told: dict[str, Any] = {"budget": budget or 1.0, "limits": named_numbers(limits, "--limit"), "unproven": unproven}
             asked = SolveSettings(**common, **told)
             file = settle_solution(model, models, rows, read_effects(effects), out, asked, progress)
     show(

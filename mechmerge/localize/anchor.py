@@ -130,11 +130,59 @@ def _redrawn(topics: Sequence[str], rng: np.random.Generator) -> list[Array]:
     return [np.concatenate([members[k] for k in row]) for row in picks]
 
 
-def mean_low(values: Array, seed: int, resamples: int = 2000) -> float:
-    """Lower end of the 95 % bootstrap interval of a mean."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), (resamples, len(values)))
-    return float(np.quantile(values[picks].mean(1), 0.025))
+def mean_low(values: Array, topics: Sequence[str] | None, seed: int, resamples: int = 2000) -> float:
+    """Lower end of the 95 % bootstrap interval of a mean; topics are drawn, each with all its prompts.
+
+    Args:
+        values: one of each prompt, [n].
+        topics: the topic of each; each prompt is its own where None.
+        seed: of the resamples.
+        resamples: how many.
+
+    Returns:
+        The 2.5 % quantile. One topic bounds nothing: then it is not above 0, whatever the values.
+    """
+    topic = _numbered(topics, len(values))
+    drawn = int(topic.max()) + 1
+    if drawn == 1:
+        return min(0.0, float(values.min()))
+    sums, sizes = np.zeros((2, drawn), values.dtype)
+    np.add.at(sums, topic, values)
+    np.add.at(sizes, topic, 1)
+    picks = np.random.default_rng(seed).integers(0, drawn, (resamples, drawn))
+    return float(np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), 0.025))
+
+
+def standard_error(values: Array, topics: Sequence[str] | None) -> Array:
+    """Standard error of the mean over prompts, whose topics are what is independent.
+
+    Where topics are shared: √(k/(k − 1) · Σ over the k topics of (Σ of their prompts' deviations from the mean)²) / n, the
+    cluster-robust one; with one prompt a topic that is the usual s/√n.
+
+    Args:
+        values: of each prompt, [n, ...].
+        topics: the topic of each; each prompt is its own where None.
+
+    Returns:
+        [...]; NaN from one topic, which says nothing of others.
+    """
+    topic, n = _numbered(topics, len(values)), len(values)
+    drawn = int(topic.max()) + 1
+    if drawn == 1:
+        return np.full(values.shape[1:], np.nan)
+    if drawn == n:
+        return np.asarray(values.std(0, ddof=1) / np.sqrt(n))
+    sums = np.zeros((drawn, *values.shape[1:]))
+    np.add.at(sums, topic, values - values.mean(0, dtype=np.float64))
+    return np.asarray(np.sqrt(drawn / (drawn - 1) * (sums**2).sum(0)) / n)
+
+
+def _numbered(topics: Sequence[str] | None, n: int) -> Array:
+    """The topic of each of n prompts as a number, 0 … in the order they appear, [n]."""
+    if topics is None:
+        return np.arange(n)
+    order = {topic: i for i, topic in enumerate(dict.fromkeys(topics))}
+    return np.array([order[topic] for topic in topics])
 
 
 def best_layers(states: States, prompts: Sequence[int], topics: Sequence[str] | None = None) -> list[int]:
@@ -164,7 +212,8 @@ def best_layers(states: States, prompts: Sequence[int], topics: Sequence[str] | 
             areas.append(separation(states.expert_with[layer, judged] @ v, states.expert_without[layer, judged] @ v))
         gap = np.concatenate(gaps)
         valid = min(areas) >= MIN_SEPARATION and gap.mean() > 0
-        return bool(valid), float(gap.mean() / max(gap.std(ddof=1) / np.sqrt(len(gap)), 1e-9))
+        error = standard_error(gap, [topics[i] for _, judged in (folds, folds[::-1]) for i in judged])
+        return bool(valid), float(gap.mean() / max(error, 1e-9))
 
     best = [max((int(layer) for layer in third), key=merit) for third in np.array_split(candidates, 3) if len(third)]
     return [layer for layer in best if merit(layer)[0]] or best
@@ -194,7 +243,7 @@ def judge(
     expert = states.expert_with[layer, held_out] @ unit
     area = separation(expert, states.expert_without[layer, held_out] @ unit)
     gaps = expert - states.base_with[layer, held_out] @ unit
-    low = mean_low(gaps, seed)
+    low = mean_low(gaps, None if topics is None else [topics[i] for i in held_out], seed)
     stable = stability(states, layer, made, held_out, topics, seed)
     plain, steered = rates or (None, None)
     reasons = []

@@ -108,6 +108,8 @@ class AnchorCalibration(Calibration):
         settings: AnchorCalibrationSettings,
         progress: Progress = SILENT,
     ) -> None:
+        if settings.tokens != "all":
+            raise InputError("tokens", expected="all: states along anchors have no answers", found=settings.tokens)
         super().__init__(base, experts, rows, folder, settings, progress)
         self.settings = settings
         layers = self.checkpoint.arch.layers

@@ -127,17 +127,29 @@ class Bench:
             logits: torch.Tensor = self._call(batch, logits_to_keep=labels.shape[1] + 1).logits
         return logits[:, :-1]
 
-    def answer_losses(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def answer_losses(
+        self,
+        batch: Batch,
+        labels: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Mean negative log-likelihood per answer token of each example of `encode_answers`, [B], in nats.
 
         Args:
             residual: as in `answer_logits`.
+            weights: of the tokens in the mean, [B, K], with the sum 1 in every row; all alike when None.
         """
+        losses = self.token_losses(batch, labels, residual)
+        return losses.sum(1) / (labels >= 0).sum(1) if weights is None else (losses * weights).sum(1)
+
+    def token_losses(self, batch: Batch, labels: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Negative log-likelihood of every label of `encode_answers`, [B, K], in nats; 0 where there is none."""
         logits = self.answer_logits(batch, labels, residual)
         per_token = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
         )
-        return per_token.view(labels.shape).sum(1) / (labels >= 0).sum(1)
+        return per_token.view(labels.shape)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """Logits [B, K, vocabulary] of a residual stream after all layers, [B, K, D]: final norm and head alone."""

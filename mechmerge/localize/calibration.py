@@ -26,7 +26,7 @@ from mechmerge.errors import InputError, LocalizeError
 from mechmerge.localize.anchor import halves
 from mechmerge.localize.anchoring import topics_of
 from mechmerge.localize.bench import Batch, Bench
-from mechmerge.localize.effect_file import EFFECT_KINDS
+from mechmerge.localize.effect_file import EFFECT_KINDS, Tokens
 from mechmerge.localize.gradients import DeltaProbe
 from mechmerge.localize.plan import Plan
 from mechmerge.localize.plan_steps import plan_effects
@@ -60,6 +60,8 @@ class CalibrationSettings(Document):
     """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
     which changes no score.
     """
+    tokens: Tokens = "all"
+    """Which tokens of an answer its loss is the mean over."""
     seed: int = 0
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
@@ -295,15 +297,70 @@ class Calibration:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def passes(self) -> list[Passes]:
-        """What is run at a point: every example once, in batches that stop where its value is read."""
+        """What is run at a point: every example once, in batches that stop where its value is read. It may move the weights."""
+        batches, encoded = self._encoded()
+        shares: list[torch.Tensor | None] = [None] * len(batches)
+        if self.token_shares is not None:
+            for number, (batch, (_, labels)) in enumerate(zip(batches, encoded, strict=True)):
+                share = torch.zeros(labels.shape)
+                for row, i in enumerate(batch):
+                    own = torch.from_numpy(self.token_shares[i])
+                    share[row, labels.shape[1] - len(own) :] = own
+                shares[number] = share.to(labels.device)
+
+        def value(i: int, residual: torch.Tensor) -> torch.Tensor:
+            return self.bench.answer_losses(*encoded[i], residual, shares[i])
+
+        return [Passes(self.checkpoint.arch.layers, batches, [batch for batch, _ in encoded], value)]
+
+    def _encoded(self) -> tuple[list[list[int]], list[tuple[Batch, torch.Tensor]]]:
+        """Numbers of the examples in each batch, and the batches with their labels."""
         told, batches = self.examples, self.batches(range(len(self.examples)))
-        encoded = [self.bench.encode_answers([(told[i].prompt, told[i].answer) for i in batch]) for batch in batches]
-        run = [batch for batch, _ in encoded]
-        return [
-            Passes(
-                self.checkpoint.arch.layers, batches, run, lambda i, residual: self.bench.answer_losses(*encoded[i], residual)
+        return batches, [self.bench.encode_answers([(told[i].prompt, told[i].answer) for i in batch]) for batch in batches]
+
+    @cached_property
+    def token_shares(self) -> list[Array] | None:
+        """The share of every token in the loss of its answer, [tokens] float32 with the sum 1 each; None: all alike.
+
+        Where tokens are `gained`: in proportion to max(0, log p of the answer's expert − log p of the base), all alike where
+        the expert makes none likelier, as in the base's own answers. Most of an answer's tokens follow from those before
+        them under either model; a greedy answer takes the behaviour on or leaves it at the few that do not (ours; choosing
+        tokens by the excess of one model's loss over another's is https://arxiv.org/abs/2404.07965).
+        """
+        if self.settings.tokens == "all":
+            return None
+        base = self._token_losses(self.point(0.0), "the base")
+        own = {n: self._token_losses(self.point(1.0, n), n) for n in self.experts if any(row.expert == n for row in self.rows)}
+        shares = []
+        for i, example in enumerate(self.examples):
+            gained = np.maximum(base[i] - own.get(self.rows[example.row].expert, base)[i], 0)
+            shares.append(
+                (gained / gained.sum() if gained.sum() > 0 else np.full(gained.shape, 1 / gained.size)).astype(np.float32)
             )
-        ]
+        return shares
+
+    def _token_losses(self, point: Point, label: str) -> list[Array]:
+        """The loss of every answer token of every example at a point, float64 [tokens] each."""
+        lengths = [len(example.answer) for example in self.examples]
+
+        def compute() -> dict[str, Array]:
+            batches, encoded = self._encoded()
+            self._move(point)
+            found = [np.zeros(length) for length in lengths]
+            with torch.no_grad():
+                for i, residual in enumerate(
+                    self.bench.residuals([batch for batch, _ in encoded], self.checkpoint.arch.layers)
+                ):
+                    losses = self.bench.token_losses(*encoded[i], residual).double().cpu().numpy()
+                    for row, number in enumerate(batches[i]):
+                        found[number] = losses[row, losses.shape[1] - lengths[number] :]
+                    self.progress.advance(len(batches[i]))
+            return {"losses": np.concatenate(found)}
+
+        self.progress.start(f"tokens at {label}", len(lengths))
+        told = self.units.arrays(f"tokens-{point.key}", compute)["losses"]
+        self.progress.end()
+        return np.split(told, np.cumsum(lengths)[:-1])
 
     def _deltas_of(self, name: str) -> list[torch.Tensor | None]:
         if name not in self._deltas:
@@ -347,10 +404,11 @@ class Calibration:
         """Value of every example at a point, float64 [n]: what falls where its behaviour gains, in the metric's unit."""
 
         def compute() -> dict[str, Array]:
+            parts = self.passes()
             self._move(point)
             values = np.zeros(len(self.examples))
             with torch.no_grad():
-                for part in self.passes():
+                for part in parts:
                     for i, residual in enumerate(self.bench.residuals(part.batches, part.stop)):
                         values[part.examples[i]] = part.value(i, residual).double().cpu().numpy()
                         self.progress.advance(len(part.examples[i]))
@@ -368,11 +426,12 @@ class Calibration:
         arch = self.checkpoint.arch
 
         def compute() -> dict[str, Array]:
+            parts = self.passes()
             self._move(point)
             shapes = {kind: (1, 1) if kind in OUTSIDE else (arch.layers, arch.units(kind)) for kind in EFFECT_KINDS}
             n, experts = len(self.examples), len(self.experts)
             found = {kind: np.zeros((experts, n, *shape), np.float32) for kind, shape in shapes.items()}
-            for part in self.passes():
+            for part in parts:
                 with DeltaProbe(self.bench, self._deltas_of, experts, below=part.stop) as probe:
                     self.bench.backward(part.batches, part.stop, partial(self._told, part), probe.turn)
                     for i, numbers in enumerate(part.examples):

@@ -106,7 +106,7 @@ class _Said:
         """[orders, points, n], the base first; the score order first and the magnitude order last."""
         self.gaps = bench.expert_state - states[0, 0]
         # A recovery needs a gap on the scores' prompts and on these.
-        self.recovers = file.metadata.scale == "recovery" and mean_low(self.gaps, seed) > 0
+        self.recovers = file.metadata.scale == "recovery" and mean_low(self.gaps, bench.asked.topics, seed) > 0
         self.unit = float(self.gaps.mean()) if self.recovers else 1.0
 
     def record(self, unseen: bool) -> SetCurves:

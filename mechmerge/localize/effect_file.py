@@ -35,6 +35,10 @@ MEASURED: dict[ScoreSource, str] = {"loss": "loss", "anchor": "recovery"}
 """What is shown of a behaviour at a point, by metric: a loss falls where a behaviour gains, a recovery rises."""
 
 
+Tokens = Literal["all", "gained"]
+"""Which tokens of an answer a loss is the mean over: `all` alike, or those that its expert `gained`, each by how much likelier
+the expert makes it than the base (localize/calibration.py).
+"""
 Origin = Literal["base", "sum"]
 """Where the path of the effects starts: at the base, leading to the sum of all experts; or at the sum, leading to what a round
 would leave of it (localize/proposal.py).
@@ -47,6 +51,11 @@ LEAST_R2 = 0.8
 """The least R² of a prediction that is called linear."""
 LEAST_MASKS = 100
 """Masks without which nothing is called linear."""
+
+
+def unit_of(metric: ScoreSource, tokens: Tokens) -> str:
+    """What effects and changes are counted in, in words."""
+    return UNITS[metric] + (", each by what its expert gained" if tokens == "gained" else "")
 
 
 class Line(Document):
@@ -152,6 +161,8 @@ class EffectMetadata(Document):
     """What effects are of: the `loss` of the expert's own answers (as in files that say nothing), or its state along the
     `anchor`.
     """
+    tokens: Tokens = "all"
+    """Which tokens of an answer its loss is the mean over."""
     base: ModelId
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' second dimension."""
@@ -172,7 +183,7 @@ class EffectMetadata(Document):
     @property
     def unit(self) -> str:
         """The unit of effects and changes."""
-        return UNITS[self.metric]
+        return unit_of(self.metric, self.tokens)
 
     def shown(self, behavior: BehaviorEffect) -> dict[str, float]:
         """A behaviour at `path's start`, `path's end` and `its expert`, as it is shown: losses, or recoveries."""

@@ -89,7 +89,8 @@ def solve_effects(
         effects: the effects; weights of behaviours play no part in a worst case.
         budget: share of each expert's head + KV + neuron parameters, 0 < budget ≤ 1.
         limits: most rise of a behaviour's loss above the base's, see `limits_of`.
-        agreement: the worst case is that of both halves of the calibration prompts (else: of their mean).
+        agreement: the worst case is that of both halves of the calibration prompts (else: of their mean). Their slopes are
+            their own; where the prediction is exact both stand at the gain that all prompts together have there.
         anchored: where the prediction is exact (default: at the base, or at the sum where the path starts there).
 
     Raises:

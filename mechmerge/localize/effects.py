@@ -161,6 +161,7 @@ def _file(
         linearity = check_linearity(calibration, effects, per_nat(calibration, gains), settings.check)
     metadata = EffectMetadata(
         metric=calibration.metric,
+        tokens=settings.tokens,
         base=calibration.base.id,
         experts={name: expert.id for name, expert in calibration.experts.items()},
         behaviors=behaviors,

@@ -15,7 +15,7 @@ from mechmerge.behaviors.chat import chat_template_of, template_digest
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.adaptive import VerificationRecord
-from mechmerge.localize.anchor import mean_low
+from mechmerge.localize.anchor import mean_low, standard_error
 from mechmerge.localize.anchoring import AnchorFinder, split, topics_of
 from mechmerge.localize.asked import Asked, ask
 from mechmerge.localize.bench import Bench
@@ -70,6 +70,8 @@ class Localization:
         self.base, self.expert = pair.base.checkpoint(), pair.expert.checkpoint()
         self.name = f"behaviour {behavior.name}"
         _, self.held_out = split(behavior)
+        topics = topics_of(behavior)
+        self.topics = [topics[i] for i in self.held_out]
 
     # ------------------------------------------------------------------------------------------------------------- anchor
     def by_anchor(self, finder: AnchorFinder, anchors: Path) -> ScoreFile:
@@ -93,7 +95,7 @@ class Localization:
 
         scale = record.gap if record.gap_low > 0 else 1.0
         scorer = self._scorer(subject, record.layer, "anchor")
-        arrays, controls, told = self._scores(scorer, scale)
+        arrays, controls, told = self._scores(scorer, scale, self.topics)
         arrays |= self._outputs(record.layer)
         told |= {"anchor": record, "scale": "recovery" if record.gap_low > 0 else "difference"}
         file = self._file(arrays, controls, told)
@@ -127,8 +129,7 @@ class Localization:
             for layer in range(below, self.base.arch.layers):
                 change = found[str(Component(layer, kind))] / divergence.mean()
                 arrays[f"{kind}.output"][layer] = change.mean()
-                if len(change) > 1:
-                    arrays[f"{kind}.output.stderr"][layer] = change.std(ddof=1) / np.sqrt(len(change))
+                arrays[f"{kind}.output.stderr"][layer] = standard_error(change, self.topics[: len(change)])
         return arrays
 
     # --------------------------------------------------------------------------------------------------------------- loss
@@ -159,7 +160,8 @@ class Localization:
         scorer = self._scorer(subject, layers, "loss")
         controls = scorer.controls()
         gaps = controls.expert - controls.base
-        low = mean_low(gaps, self.settings.seed)
+        topics = [self.topics[i] for i in kept]
+        low = mean_low(gaps, topics, self.settings.seed)
         record = LossRecord(
             base=-float(controls.base.mean()),
             expert=-float(controls.expert.mean()),
@@ -168,7 +170,7 @@ class Localization:
             prompts=len(self.held_out),
             answers=len(kept),
         )
-        arrays, _, told = self._scores(scorer, record.gap if low > 0 else 1.0)
+        arrays, _, told = self._scores(scorer, record.gap if low > 0 else 1.0, topics)
         told |= {"loss": record, "scale": "recovery" if low > 0 else "difference"}
         file = self._with_curves(self._file(arrays, controls, told), "loss-curve", self._loss_of)
         discard_answers(self.units, "held")
@@ -195,7 +197,7 @@ class Localization:
             self.pair.bench, self.base, self.expert, subject, below, self.units, key, self.behavior.name, self.progress
         )
 
-    def _scores(self, scorer: Scorer, scale: float) -> tuple[dict[str, Array], Controls, dict[str, Any]]:
+    def _scores(self, scorer: Scorer, scale: float, topics: Sequence[str]) -> tuple[dict[str, Array], Controls, dict[str, Any]]:
         """The tensors, the controls, and what the file's document says of how they were chosen."""
         settings, below, others = self.settings, scorer.below, [m for m in MEASURES[1:] if m in self.settings.measures]
         self.progress.start(f"{self.behavior.name}: screening below layer {below}", 1)
@@ -217,7 +219,7 @@ class Localization:
         for measure in ("sufficiency", *others):
             scorer.patched(measure, wanted)
         measured = {measure: scorer.all_patched(measure) for measure in ("sufficiency", *others)}
-        arrays = score_arrays(screened, measured, scale, below) | self.pair.facts
+        arrays = score_arrays(screened, measured, scale, below, topics) | self.pair.facts
         replaced = [parse_component(name) for name in measured["sufficiency"]]
         verified = {kind: sum(component.kind == kind for component in replaced) for kind in SCORED_KINDS}
         return arrays, controls, {"verified": verified, "verification": verification}

@@ -4,13 +4,14 @@ Effects along the path from the base to the sum (localize/effects.py) say who ma
 component is taken out of the sum is another question, and where a loss saturates the first answers the second badly. So
 (ours):
 
-1. start from the sum of all experts; 2. take gradients at the current merge; a component whose effect, over all
-behaviours and each in units of its own expert's gain, asks
-   for a change (out when it is in and harms; in when it is out and would help) on both halves of the calibration prompts
-   is proposed;
+1. start from the sum of all experts;
+2. take gradients at the current merge; a component whose effect, over all behaviours and each in units of its own expert's
+   gain, asks for a change (out when it is in and harms; in when it is out and would help) on both halves of the calibration
+   prompts is proposed;
 3. integrate the effects along the short path from the current merge to the proposal, and change only what still agrees on
-both halves; 4. measure the losses there; go on while the weighted gain rises, four rounds at most; a round that does not
-raise it is taken back.
+   both halves;
+4. measure the losses there; go on while the weighted gain rises, four rounds at most; a round that does not raise it is taken
+   back.
 
 No weight is trained; the answers are the experts' own to calibration prompts.
 """
@@ -134,6 +135,7 @@ def _rounds(calibration: Calibration, settings: RoundSettings) -> RoundsFile:
             break
         current, at, gain = following, there, new_gain
     metadata = RoundsMetadata(
+        tokens=settings.tokens,
         base=calibration.base.id,
         experts={name: expert.id for name, expert in calibration.experts.items()},
         behaviors=settled_behaviors(calibration, base_loss, own, sum_loss, at),

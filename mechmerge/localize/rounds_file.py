@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mechmerge.artifacts import Document, read_arrays, write_arrays
 from mechmerge.errors import SchemaError
-from mechmerge.localize.effect_file import Linearity
+from mechmerge.localize.effect_file import Linearity, Tokens
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
 
@@ -87,6 +87,8 @@ class RoundsMetadata(Document):
     base: ModelId
     method: Literal["rounds", "solve"] = "rounds"
     """How the coefficients were found."""
+    tokens: Tokens = "all"
+    """Which tokens of an answer its loss is the mean over."""
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' first dimension."""
     rest: dict[str, float] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ import numpy as np
 from mechmerge.artifacts import Units, digest
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.adaptive import VerificationRecord, verify
+from mechmerge.localize.anchor import standard_error
 from mechmerge.localize.bench import Bench, layer_source
 from mechmerge.localize.measure import Source, best_units, screen
 from mechmerge.localize.patching import Patcher, Run
@@ -281,20 +282,25 @@ class Scorer:
 
 
 def score_arrays(
-    screened: Mapping[str, Array], measured: Mapping[Measure, Mapping[str, Array]], scale: float, below: int
+    screened: Mapping[str, Array],
+    measured: Mapping[Measure, Mapping[str, Array]],
+    scale: float,
+    below: int,
+    topics: Sequence[str] | None = None,
 ) -> dict[str, Array]:
-    """The tensors of a score file: means and standard errors over prompts, float32 [L, U].
+    """The tensors of a score file: means over prompts and their standard errors by topic, float32 [L, U].
 
     Args:
         screened: [n, L, U] of each kind.
         measured: [n] of each component, by measure.
         scale: what everything is divided by.
         below: components from this layer on score exactly 0 on the readout.
+        topics: the topic of every prompt; each prompt is its own where None.
     """
     arrays: dict[str, Array] = {}
     for kind, values in screened.items():
         arrays[f"{kind}.screen"] = values.mean(0) / scale
-        arrays[f"{kind}.screen.stderr"] = values.std(0, ddof=1) / np.sqrt(len(values)) / abs(scale)
+        arrays[f"{kind}.screen.stderr"] = standard_error(values, topics) / abs(scale)
         for measure in measured:
             blank = np.full(values.shape[1:], np.nan)
             blank[below:] = 0.0
@@ -304,5 +310,5 @@ def score_arrays(
             component = parse_component(name)
             place = (component.layer, component.unit)
             arrays[f"{component.kind}.{measure}"][place] = change.mean() / scale
-            arrays[f"{component.kind}.{measure}.stderr"][place] = change.std(ddof=1) / np.sqrt(len(change)) / abs(scale)
+            arrays[f"{component.kind}.{measure}.stderr"][place] = standard_error(change, topics) / abs(scale)
     return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -80,7 +80,7 @@ def settle_solution(
     """
     settings = settings or SolveSettings()
     doubt = check_proven(effects, settings.unproven)
-    _check_same(base, experts, rows, effects)
+    _check_same(base, experts, rows, effects, settings)
     if doubt is not None:
         progress.note(f"solve: {doubt}")
     calibration = Calibration(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
@@ -92,10 +92,15 @@ def settle_solution(
     return file
 
 
-def _check_same(base: Model, experts: Mapping[str, Model], rows: Sequence[BehaviorRow], effects: EffectFile) -> None:
+def _check_same(
+    base: Model, experts: Mapping[str, Model], rows: Sequence[BehaviorRow], effects: EffectFile, settings: SolveSettings
+) -> None:
     metadata = effects.metadata
     if metadata.metric != "loss":
         raise InputError("effect file", expected="effects on the loss", found=f"on the {metadata.metric}")
+    if metadata.tokens != settings.tokens:
+        raise InputError("effect file", expected=f"effects on {settings.tokens} tokens", found=f"on those of {metadata.tokens}",
+                         fix=f"--tokens {metadata.tokens}")  # fmt: skip
     told = [(b.name, b.expert, dict(b.digests)) for b in metadata.behaviors]
     asked = [(row.name, row.expert, {member.name: member.digest for member in row.members}) for row in rows]
     if told != asked:
@@ -156,6 +161,7 @@ def _solutions(calibration: Calibration, effects: EffectFile, settings: SolveSet
     metadata = RoundsMetadata(
         base=calibration.base.id,
         method="solve",
+        tokens=settings.tokens,
         experts={name: expert.id for name, expert in calibration.experts.items()},
         rest=dict(zip(calibration.experts, solved.rest, strict=True)),
         solve=SolveRecord(

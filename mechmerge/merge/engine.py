@@ -18,12 +18,13 @@ from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
 from mechmerge.models.adapters import copy_side_files
 from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.deltas import delta_norms
 from mechmerge.models.pair import align, check_pair
 from mechmerge.models.references import Model, ModelId, find
 from mechmerge.progress import SILENT, Progress
 from mechmerge.recipe.coefficients import Coefficients, coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
-from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
+from mechmerge.recipe.schema import Array, Masks, Recipe, read_recipe, write_recipe
 
 Engine = Literal["auto", "direct", "mergekit"]
 """`direct`: our writer, for recipes of coefficients; `mergekit`: its executor, for any; `auto`: direct where possible."""
@@ -65,13 +66,13 @@ def merge(
     direct = _is_direct(recipe, engine)
     there = _done(recipe_file, recipe, masks, out, expert is not None)
     if there and not check:
-        drop_lock(_lock_of(out))
+        drop_lock(lock_of(out))
         progress.note(f"{out} already holds the model of this recipe; it is not verified")
         return
     # The direct writer looks at what it computes, and verification at everything; mergekit looks at nothing.
     base, experts = open_models(recipe, models or {}, finite=not (direct or there))
     found = None if recipe.mergekit is not None else coefficients(recipe, masks, base.arch)
-    with lock(_lock_of(out), f"merged model {out}"):
+    with lock(lock_of(out), f"merged model {out}"):
         if there or _done(recipe_file, recipe, masks, out, expert is not None):  # by another process, meanwhile
             if check:
                 engines = (True, False) if engine == "auto" and direct else (direct,)
@@ -118,7 +119,8 @@ def _verify_again(
     )
 
 
-def _lock_of(out: Path) -> Path:
+def lock_of(out: Path) -> Path:
+    """The lock of what is made at `out`."""
     return out.with_name(f".{out.name}.lock")
 
 
@@ -225,6 +227,18 @@ def open_models(recipe: Recipe, models: Mapping[str, Path], *, finite: bool = Tr
             raise PairError(f"expert {name}", expected="another model than the base", found="the base itself")
         check_pair(opened, experts[name], positions=recipe.positions, finite=finite)
     return opened, experts
+
+
+def norms_of(recipe: Recipe, expert: str, models: Mapping[str, Path]) -> dict[str, Array]:
+    """Delta norms of a recipe's expert, `EXPERT.KIND` → float32 [layers, units], from the models themselves.
+
+    Args:
+        recipe: names them.
+        expert: the expert.
+        models: folders, as for `merge`.
+    """
+    base, experts = open_models(recipe, models)
+    return delta_norms(base, experts[expert])
 
 
 def _find(model: ModelId, name: str, models: Mapping[str, Path]) -> Path:

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from mechmerge.artifacts import Document, atomic_folder, is_new, read_document, sha256_file, write_json
+from mechmerge.artifacts import Document, atomic_folder, is_new, lock, read_document, sha256_file, write_json
 from mechmerge.errors import InputError, MechmergeError
 from mechmerge.merge.delta import summed_delta
-from mechmerge.merge.engine import RECIPE_NAME, keep_recipe, open_models, restrict
+from mechmerge.merge.engine import RECIPE_NAME, keep_recipe, lock_of, open_models, restrict
 from mechmerge.merge.lowrank import How, factorise
 from mechmerge.models.adapters import CONFIG, WEIGHTS, adapter_digests
 from mechmerge.models.checkpoint import Checkpoint
@@ -135,29 +135,52 @@ def export_lora(
         progress.note(f"{out} already holds this adapter")
         return there
     base, experts = open_models(recipe, models or {})
-    adapter = _put_together(recipe, masks, base, experts, rank, progress)
-    if not adapter.ranks:
-        raise InputError(
-            f"recipe {recipe_file}", expected="a change of at least one linear layer", found="none",
-            fix="a LoRA adapter needs one; merge the recipe instead",
-        )  # fmt: skip
-    with atomic_folder(out) as partial:
-        recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=expert is not None)
-        _write(adapter, _config(adapter, recipe, base), partial)
-        check_adapter(partial, base)
-        export = Export(
-            recipe=sha256_file(partial / RECIPE_NAME),
-            source=source,
-            base=recipe.base,
-            experts={name: entry.model for name, entry in recipe.experts.items()},
-            rank=rank,
-            tensors=tuple(adapter.told),
-            error=_together(adapter.told),
-            parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
-            adapter=adapter_digests(partial),
-            versions=versions(),
-        )
-        write_json(partial / EXPORT_NAME, export)
+    with lock(lock_of(out), f"adapter {out}"):
+        if (there := _done(out, source, tuple(recipe.experts), rank)) is not None:  # by another process, meanwhile
+            return there
+        watches = [checkpoint.watch() for checkpoint in (base, *experts.values())]
+        adapter = _put_together(recipe, masks, base, experts, rank, progress)
+        if not adapter.ranks:
+            raise InputError(
+                f"recipe {recipe_file}", expected="a change of at least one linear layer", found="none",
+                fix="a LoRA adapter needs one; merge the recipe instead",
+            )  # fmt: skip
+        with atomic_folder(out) as partial:
+            export = _written(adapter, recipe_file, source, recipe, masks, base, rank, partial, restricted=expert is not None)
+            for watch in watches:
+                watch.check()
+    return export
+
+
+def _written(
+    adapter: _Adapter,
+    recipe_file: Path,
+    source: str,
+    recipe: Recipe,
+    masks: Masks,
+    base: Checkpoint,
+    rank: int,
+    partial: Path,
+    *,
+    restricted: bool,
+) -> Export:
+    """Writes everything into the folder, checks it, and returns its record."""
+    recipe = keep_recipe(recipe_file, recipe, masks, partial, restricted=restricted)
+    _write(adapter, _config(adapter, recipe, base), partial)
+    check_adapter(partial, base)
+    export = Export(
+        recipe=sha256_file(partial / RECIPE_NAME),
+        source=source,
+        base=recipe.base,
+        experts={name: entry.model for name, entry in recipe.experts.items()},
+        rank=rank,
+        tensors=tuple(adapter.told),
+        error=_together(adapter.told),
+        parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
+        adapter=adapter_digests(partial),
+        versions=versions(),
+    )
+    write_json(partial / EXPORT_NAME, export)
     return export
 
 

@@ -1,4 +1,5 @@
-"""Our merge method in mergekit 0.1.5's registry: `mechmerge_masked`; importing this module registers it.
+"""Our merge method in mergekit 0.1.5's registry: `mechmerge_masked`; importing this module registers it. Where another mergekit
+is installed, that import is a `MissingError` (merge/probe.py).
 
     merged = base + Σ over experts, in the recipe's order, of c ⊙ (expert − base)
 
@@ -24,12 +25,14 @@ import torch
 
 from mechmerge.errors import MechmergeError
 from mechmerge.merge.delta import coefficient_of, summed_delta
+from mechmerge.merge.probe import probe
 from mechmerge.merge.within import merge_within
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.recipe.coefficients import Coefficients, Owners, coefficients, owners_of
 from mechmerge.recipe.emit import METHOD, WITHIN
 from mechmerge.recipe.schema import Recipe, read_recipe
 
+probe()  # before mergekit is imported: what another version fails with says little
 with warnings.catch_warnings():
     # numpy.core, through one of mergekit's dependencies
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -78,13 +81,14 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
         for delta, which, own in zip(deltas, names, told, strict=True)
     ]
     densities = [float(own.get("density", 1.0)) for own in told]
-    merged: torch.Tensor = base.tensor + merge_within(
+    change = merge_within(
         deltas,
         weights,
         densities,
         drawn=method.method == "dare_ties",
         normalize=bool(method.parameters.get("normalize", False)),
     )
+    merged: torch.Tensor = base.tensor + change * float(method.parameters.get("lambda", 1.0))
     return merged
 
 

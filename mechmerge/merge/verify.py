@@ -25,9 +25,10 @@ from mechmerge.merge.cuts import BASE, Cut, copied_from, cut_of
 from mechmerge.merge.mapped import Mapped
 from mechmerge.merge.reference import direct_tensor, merged_tensor
 from mechmerge.models.adapters import SIDE_FILES
-from mechmerge.models.checkpoint import Checkpoint, metadata_of
+from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import empty_model, quiet, torch_dtype
 from mechmerge.models.pair import token_ids
+from mechmerge.models.positions import positions_of
 from mechmerge.progress import SILENT, Progress, track
 from mechmerge.recipe.coefficients import Coefficients
 
@@ -192,7 +193,7 @@ def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
             copy = folder / file.name
             if not copy.is_file() or copy.read_bytes() != file.read_bytes():
                 raise MechmergeError(f"merged model {folder}", expected=f"the base's {file.name}", found="none or another")
-    mine, theirs = metadata_of(merged.config), metadata_of(base.config)
+    mine, theirs = positions_of(merged.config), positions_of(base.config)
     if mine != theirs:
         key = next(k for k in theirs if mine[k] != theirs[k])
         raise MechmergeError(f"merged model {folder}", expected=f"{key} = {theirs[key]}", found=str(mine[key]))

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
-from mechmerge.localize.effect_file import Origin
+from mechmerge.localize.effect_file import Origin, Tokens
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -28,9 +28,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "magnitude": ("per_layer",),
     "task-arithmetic": ("weight",),
     "linear": ("weight",),
-    "ties": ("weight", "density"),
+    "ties": ("weight", "density", "lambda"),
     "dare-ties": ("weight", "density"),
-    "della": ("weight", "density", "epsilon"),
+    "della": ("weight", "density", "epsilon", "lambda"),
     "breadcrumbs": ("weight", "density", "gamma"),
     "sce": ("topk",),
     "model-stock": ("filter_wise",),
@@ -79,6 +79,8 @@ class EffectPlan(Document):
     """Where the path starts: at the base, leading to the sum; or at the sum, where merges are decided."""
     check: int = Field(default=0, ge=0)
     """Masks on which predictions are held against measured changes, for the policy `solve`; 0: none."""
+    tokens: Tokens = "all"
+    """Which tokens of an answer its loss is the mean over."""
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -89,6 +91,7 @@ class RoundsPlan(Document):
     metric: Annotated[Literal["loss"], BeforeValidator(loss_of_rounds)] = "loss"
     prompts: int = Field(default=48, ge=4)
     max_rounds: int = Field(default=4, ge=1, le=4)
+    tokens: Tokens = "all"
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 

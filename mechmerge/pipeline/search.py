@@ -171,7 +171,11 @@ class Search:
             )  # fmt: skip
             return outcome.model_dump(mode="json")
 
-        outcome = _Outcome.model_validate(self.units.json(f"{trial.number:04}", ask))
+        try:
+            outcome = _Outcome.model_validate(self.units.json(f"{trial.number:04}", ask))
+        except InputError as error:  # weights or logits that are not finite
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return Trial(**common, state="refused", prompts=0, problem=str(error))
         report(outcome.passed)
         rate = sum(outcome.passed.values()) / len(outcome.passed)
         quality = outcome.quality if outcome.quality is not None else self._estimate(study, outcome.passed, rate)
@@ -195,7 +199,8 @@ class Search:
 
 
 def kept_gain(effects: EffectFile, compiled: Compiled) -> float | None:
-    """Mean over behaviours of the predicted change as a share of the own expert's gain, each at most 1; None for a baseline
+    """Mean over behaviours of the predicted change as a share of the own expert's gain, each at most 1, less the predicted
+    damage to protected behaviours, of which a nat counts as much as so many whole gains as its weight says; None for a baseline
     that is no weighted sum, and where no behaviour has a gain.
     """
     recipe = compiled.recipe
@@ -203,8 +208,10 @@ def kept_gain(effects: EffectFile, compiled: Compiled) -> float | None:
         return None
     change = predicted_change(effects, {name: e.default for name, e in recipe.experts.items()}, compiled.masks)
     sign = -1 if effects.metadata.metric == "loss" else 1
-    shares = [min(sign * change[b.name] / b.own_gain, 1.0) for b in effects.metadata.behaviors if b.own_gain > 0]
-    return float(np.mean(shares)) if shares else None
+    behaviors = effects.metadata.behaviors
+    shares = [min(sign * change[b.name] / b.own_gain, 1.0) for b in behaviors if b.own_gain > 0]
+    damage = sum(b.weight * min(sign * change[b.name], 0.0) for b in behaviors if b.protected)
+    return (float(np.sum(shares)) + damage) / len(shares) if shares else None
 
 
 def _suggest(trial: Any, one: Open) -> Value:

@@ -15,7 +15,7 @@ from pydantic import model_validator
 from mechmerge.artifacts import Document, parse_yaml
 from mechmerge.errors import InputError
 from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
-from mechmerge.recipe.compile import BASELINES
+from mechmerge.recipe.compile import BASELINES, NORMALIZED, defaults_of
 from mechmerge.recipe.strengths import PREFIX
 
 Value = bool | int | float | str
@@ -67,14 +67,24 @@ RANGES: dict[str, Open] = {
     "overlap": Open(name="overlap", choices=("sum", "share", "winner")),
     "agreement": Open(name="agreement", choices=(True, False)),
     "density": Open(name="density", low=0.1, high=1.0),
+    "lambda": Open(name="lambda", low=0.5, high=2.0, log=True),
 }
 """What is searched of a policy's parameters, beside behaviour weights and strengths."""
+TOLD: dict[str, Open] = {
+    "scale": Open(name="scale", choices=("rank", "share")),
+    "weighting": Open(name="weighting", choices=("own-gain", "equal")),
+    "epsilon": Open(name="epsilon", low=0.05, high=0.4),
+    "gamma": Open(name="gamma", low=0.001, high=0.1, log=True),
+    "topk": Open(name="topk", low=0.1, high=1.0),
+    "filter_wise": Open(name="filter_wise", choices=(False, True)),
+}
+"""What is searched only where `--open` says so."""
 WEIGHT = Open(name="weight", low=0.25, high=4.0, log=True)
 """A behaviour's weight against the first one's."""
 STRENGTH = Open(name="strength", low=0.25, high=1.25)
 """Of an expert."""
-UNTOUCHED: dict[str, Value] = {"budget": 0.5, "overlap": "sum", "agreement": True, "density": 0.5}
-"""What a policy does where it is told nothing."""
+EDGE = 0.01
+"""How far inside its bounds a density of DELLA stays."""
 
 
 def space_of(plan: RecipePlan, experts: Sequence[str], behaviors: Sequence[str], opened: Iterable[str] = ()) -> list[Open]:
@@ -89,12 +99,19 @@ def space_of(plan: RecipePlan, experts: Sequence[str], behaviors: Sequence[str],
     Raises:
         InputError: nothing is open, a text is no NAME, NAME=LOW:HIGH or NAME=A,B, or the policy has no such parameter.
     """
-    possible = {name: RANGES[name] for name in PARAMETERS[plan.policy] if name in RANGES}
+    known = RANGES | TOLD
+    possible = {name: known[name] for name in PARAMETERS[plan.policy] if name in known}
     if "weight" in PARAMETERS[plan.policy] and plan.policy not in BASELINES:
         possible |= {f"weight.{name}": WEIGHT for name in behaviors[1:]}
+    if plan.policy == "della":  # density ± epsilon are probabilities
+        epsilon = float(plan.parameters.get("epsilon", defaults_of("della")["epsilon"]))
+        possible["density"] = Open(name="density", low=epsilon + EDGE, high=1 - epsilon - EDGE)
     if plan.policy not in BASELINES or "weight" in PARAMETERS[plan.policy]:  # sce and model-stock weigh experts themselves
-        possible |= {f"{PREFIX}{name}": STRENGTH for name in experts}
-    chosen = {name: one.model_copy(update={"name": name}) for name, one in possible.items() if name not in plan.parameters}
+        # Where only ratios matter the first one's stays.
+        possible |= {f"{PREFIX}{name}": STRENGTH for name in experts[plan.policy in NORMALIZED :]}
+    chosen = {
+        name: one.model_copy(update={"name": name}) for name, one in possible.items() if name not in (*TOLD, *plan.parameters)
+    }
     for text in opened:
         name, sign, told = text.partition("=")
         if name not in possible:
@@ -127,8 +144,9 @@ def _told(one: Open, told: str, text: str) -> Open:
 def untouched(space: Sequence[Open], plan: RecipePlan) -> dict[str, Value]:
     """The point of the space that does what the policy does untold: weights and strengths 1, all else its default."""
     found: dict[str, Value] = {}
+    untold = {"budget": 0.5} | defaults_of(plan.policy)  # top has no budget of its own
     for one in space:
-        value = plan.parameters.get(one.name, UNTOUCHED.get(one.name, 1.0))
+        value = plan.parameters.get(one.name, untold.get(one.name, 1.0))
         if one.choices is not None:
             found[one.name] = value if value in one.choices else one.choices[0]
         else:

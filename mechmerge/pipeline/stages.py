@@ -163,6 +163,7 @@ class Stages:
             asked = plan.parameters
             limits = {key.removeprefix("limit."): value for key, value in asked.items() if key.startswith("limit.")}
             common = {key: getattr(self.plan.rounds, key) for key in ("metric", "prompts", "batch", "dtype")}
+            common["tokens"] = self.plan.effects.tokens
             settings = parse_document(
                 SolveSettings,
                 {**common, **{key: asked[key] for key in ("budget", "agreement", "unproven") if key in asked}, "limits": limits,

@@ -34,7 +34,7 @@ from mechmerge.pipeline.tuning import AskedSuite, TuneSettings, Tuning, best_of
 from mechmerge.progress import SILENT, Progress
 from mechmerge.recipe.compile import BASELINES
 from mechmerge.recipe.schema import write_recipe
-from mechmerge.recipe.sources import read_sources
+from mechmerge.recipe.sources import Sources, read_sources
 from mechmerge.versions import versions
 
 
@@ -88,6 +88,8 @@ def tune(
     for suite in loaded:
         if suite.split == "file":
             progress.note(f"note: {suite.name} has no splits: its prompts are development prompts from now on")
+    if plan.policy == "solve":
+        progress.note("note: trials of solve are the linear program's alone; a run measures once more at its solution")
     pipeline = pipeline.model_copy(update={"recipes": {name: plan}, "publish": name})
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", f"search {out}"):
@@ -95,7 +97,8 @@ def tune(
         write_yaml(out / "run.yaml", run_record(resolved))
         stages = Stages(resolved, out, RunState(out, progress), progress, device)
         files = measured(stages, plan)
-        sources = read_sources(files, {expert: model.id for expert, model in source.experts.items()})
+        ids = {expert: model.id for expert, model in source.experts.items()}
+        sources = read_sources(files, ids) if files else Sources(source.base.id, ids)
         plan_settings = EvaluateSettings(
             dtype=pipeline.evaluate.dtype, batch=pipeline.evaluate.batch, exact=pipeline.evaluate.exact,
             thinking=pipeline.evaluate.thinking, device=device, seed=pipeline.seed,
@@ -131,7 +134,11 @@ def tune(
 
 
 def measured(stages: Stages, plan: RecipePlan) -> list[Path]:
-    """Measures what the policy and the predictions need: the effects always, all else where the policy may ask for it."""
+    """Measures what the policy and the predictions need: effects but for baselines that are no weighted sum, all else where the
+    policy may ask for it.
+    """
+    if plan.policy in BASELINES and plan.policy != "task-arithmetic":
+        return []
     stages.effects()
     if plan.policy in ("conflict", "solve", *BASELINES):
         return [stages.run / "effects.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from mechmerge.artifacts import to_yaml
 from mechmerge.errors import InputError
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.models.components import UNIT_KINDS
@@ -26,7 +28,7 @@ from mechmerge.recipe.policies import (
     top,
     weighted,
 )
-from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar
+from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar, Source
 from mechmerge.recipe.sources import Sources
 from mechmerge.recipe.strengths import strengthened, without_strengths
 
@@ -45,9 +47,9 @@ BASELINES: dict[str, str] = {
 OF_BASELINES: dict[str, dict[str, Scalar]] = {
     "task-arithmetic": {"weight": 1.0},
     "linear": {"weight": 1.0},
-    "ties": {"weight": 1.0, "density": 0.5},
+    "ties": {"weight": 1.0, "density": 0.5, "lambda": 1.0},
     "dare-ties": {"weight": 1.0, "density": 0.5},
-    "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.15},
+    "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "lambda": 1.0},
     "breadcrumbs": {"weight": 1.0, "density": 0.9, "gamma": 0.01},
     "sce": {"topk": 1.0},
     "model-stock": {"filter_wise": False},
@@ -57,8 +59,10 @@ OF_BASELINES: dict[str, dict[str, Scalar]] = {
 probabilities density ± epsilon by size; Breadcrumbs (https://arxiv.org/abs/2312.06795) leaves out the largest gamma as well;
 SCE (https://arxiv.org/abs/2408.07990) keeps the topk share of elements by variance over experts and weighs these itself, so
 it has no weight; Model Stock (https://arxiv.org/abs/2403.19522) finds its own place between base and mean, of each tensor or
-(`filter_wise`) each of its rows.
+(`filter_wise`) each of its rows. `lambda` multiplies what TIES and DELLA add to the base.
 """
+NORMALIZED = ("linear", "ties", "della")
+"""Baselines that divide by the experts' weights (linear by all, TIES and DELLA by those that agree): only ratios matter."""
 DRAWN = ("dare-ties", "della")
 """Baselines that draw at random."""
 WITHIN = ("ties", "dare-ties")
@@ -127,27 +131,23 @@ def compile_recipe(
         raise InputError(f"policy {policy}", expected="no recipe to work within", found="one",
                          fix=f"--within belongs to {' and '.join(WITHIN)}")  # fmt: skip
     if policy in BASELINES:
+        idle = policy in NORMALIZED and given.get("weight", 1.0) != 1.0
         if within is not None:
             return _within(policy, sources, given, seed, within, common)
-        return Compiled(_baseline(policy, sources, given, seed, common), {})
+        notes = (f"{policy} divides by the experts' weights: a common one changes nothing",) if idle else ()
+        made = _baseline(policy, sources, given, seed, common)
+        return Compiled(_foreseen(sources, made, {}) if policy == "task-arithmetic" else made, {}, notes)
     if (policy in CONTROLS) != (like is not None):
         raise InputError(f"policy {policy}", expected="another recipe to be like" if like is None else "no recipe to be like",
                          found="none" if like is None else "one", fix="--like belongs to random and magnitude")  # fmt: skip
     if like is not None:
         return _control(policy, sources, given, seed, like, delta_norms, common)
     settings = _gathered(_gathered(given, "weight"), "limit")
-    functions: dict[str, Callable[..., Choice]] = {
-        "conflict": conflict,
-        "rounds": rounds,
-        "solve": solve,
-        "top": top,
-        "weighted": weighted,
-    }
     measured = _measured(policy, sources)
     if policy == "solve" and isinstance(measured, RoundsFile):
         given = _asked(measured, given)
         settings = {}
-    choice = _call(policy, functions[policy], measured, settings)
+    choice = _call(policy, FUNCTIONS[policy], measured, settings)
     experts = {name: RecipeExpert(model=model, default=choice.defaults[name]) for name, model in sources.experts.items()}
     recipe = Recipe(
         base=sources.base,
@@ -160,7 +160,15 @@ def compile_recipe(
         provenance=sources.provenance,
         **common,
     )
-    return Compiled(recipe, choice.masks, choice.notes)
+    return Compiled(recipe if choice.predicted else _foreseen(sources, recipe, choice.masks), choice.masks, choice.notes)
+
+
+def _foreseen(sources: Sources, recipe: Recipe, masks: Masks) -> Recipe:
+    """The recipe with what effects of its very experts predict of it, where there are any."""
+    predicted = expected_change(sources, recipe, masks)
+    if predicted is None or sources.effects is None:
+        return recipe
+    return recipe.model_copy(update={"predicted": predicted, "predicted_on": sources.effects.metadata.metric})
 
 
 def _measured(policy: str, sources: Sources) -> Any:
@@ -216,6 +224,24 @@ def _asked(file: RoundsFile, given: Mapping[str, Any]) -> dict[str, Any]:
     return asked
 
 
+FUNCTIONS: dict[str, Callable[..., Choice]] = {
+    "conflict": conflict,
+    "rounds": rounds,
+    "solve": solve,
+    "top": top,
+    "weighted": weighted,
+}
+"""The policies that choose coefficients from what was measured."""
+
+
+def defaults_of(policy: str) -> dict[str, Scalar]:
+    """What a policy's parameters are where they are not given."""
+    if policy not in FUNCTIONS:
+        return dict(OF_BASELINES.get(policy, {}))
+    found = inspect.signature(FUNCTIONS[policy]).parameters.values()
+    return {p.name: p.default for p in found if isinstance(p.default, bool | int | float | str)}
+
+
 CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting), "scale": get_args(Scale)}
 
 
@@ -264,7 +290,7 @@ def _settings(policy: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
             if not isinstance(value, bool):
                 raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(value))
         else:
-            settings[name] = _number(policy, name, value, *((-100, 100) if name == "weight" else (0, 1)))
+            settings[name] = _number(policy, name, value, *((-100, 100) if name in ("weight", "lambda") else (0, 1)))
     if "epsilon" in settings:
         density, epsilon = float(settings["density"]), float(settings["epsilon"])
         if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
@@ -279,8 +305,7 @@ def _method(policy: str, settings: Mapping[str, Scalar], experts: Iterable[str],
     each = {name: settings[name] for name in _OF_EXPERTS if name in settings} | (
         {"weight": settings["weight"]} if within else {}
     )
-    # TIES and DELLA divide by the weights of the experts that agree (TIES' disjoint mean); the plain sums must not be divided.
-    whole: dict[str, Scalar] = {"normalize": policy in ("linear", "ties", "della")} if "weight" in settings else {}
+    whole: dict[str, Scalar] = {"normalize": policy in NORMALIZED} if "weight" in settings else {}
     own = {k: v for k, v in settings.items() if k not in _OF_EXPERTS and k != "weight"}
     whole |= {_NAMES_THERE.get(k, k): v for k, v in own.items()}
     return MergekitMethod.model_validate(
@@ -308,6 +333,11 @@ def _baseline(policy: str, sources: Sources, given: dict[str, Any], seed: int, c
     )
 
 
+def _copied(recipe: Recipe) -> Source:
+    """The recipe that another one is made like, or within: the digest is that of the file that `write_recipe` writes."""
+    return Source(file="recipe.yaml", kind="recipe", sha256=hashlib.sha256(to_yaml(recipe).encode()).hexdigest())
+
+
 def _within(policy: str, sources: Sources, given: dict[str, Any], seed: int, within: Like, common: dict[str, Any]) -> Compiled:
     """TIES or DARE-TIES inside another recipe's coefficients."""
     model, masks = within
@@ -325,7 +355,7 @@ def _within(policy: str, sources: Sources, given: dict[str, Any], seed: int, wit
             "mergekit": _method(policy, settings, model.experts, within=True),
             "predicted": None,
             "realised": None,
-            "provenance": sources.provenance,
+            "provenance": (*sources.provenance, _copied(model)),
             **common,
         }
     )
@@ -367,7 +397,7 @@ def _control(
             "predicted": expected_change(sources, model, drawn),
             "predicted_on": "loss" if sources.effects is None else sources.effects.metadata.metric,
             "realised": None,
-            "provenance": sources.provenance,
+            "provenance": (*sources.provenance, _copied(model)),
             **common,
         }
     )
@@ -393,31 +423,3 @@ def _norms(model: Recipe, masks: Masks, sources: Sources, compute: Norms | None)
         if compute is not None and any(m.startswith(f"{name}.") and m not in found for m in masks):
             found |= {f"{name}.{kind}": norms for kind, norms in compute(name).items()}
     return found
-
-
-def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
-
-    Shares are mean coefficients (so 1/k counts as 1/k), in percent. `head + kv + neuron` weighs the kinds by their parameters,
-    and is a dash where these are not told. Where rules decide, no share can be said without the model: `by rules`.
-    """
-    rows = []
-    for name, expert in recipe.experts.items():
-        row: dict[str, Any] = {"expert": name, "everything else": f"{expert.default:g}"}
-        ruled = any(rule.expert == name for rule in recipe.rules)
-        parts, sizes = [], []
-        for kind in UNIT_KINDS:
-            mask = masks.get(f"{name}.{kind}")
-            share = float(expert.default if mask is None else mask.mean(dtype=np.float64))
-            row[kind] = "by rules" if mask is None and ruled else f"{100 * share:.1f} %"
-            parts.append(share)
-            sizes.append((mask.size if mask is not None else 0) * unit_parameters.get(kind, 0))
-        if "by rules" in row.values():
-            whole = "by rules"
-        elif all(sizes):
-            whole = f"{100 * float(np.average(parts, weights=sizes)):.1f} %"
-        else:
-            whole = row["head"] if len(set(parts)) == 1 else "–"
-        row["head + kv + neuron"] = whole
-        rows.append(row)
-    return rows

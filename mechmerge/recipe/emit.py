@@ -129,7 +129,8 @@ def _dump(recipe: Recipe, method: str, models: list[dict[str, Any]], paths: Path
     if not parameters:
         del document["parameters"]
     text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=160)
-    return text
+    drawn = recipe.mergekit is not None and recipe.policy.seed is not None
+    return text if not drawn else f"# mergekit draws anew unless told: --random-seed {recipe.policy.seed}\n{text}"
 
 
 def _filters(values: Mapping[str, float], default: float, layers: str) -> list[dict[str, Any]]:

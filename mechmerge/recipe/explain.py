@@ -1,4 +1,5 @@
-"""What a recipe takes from whom, in rows: by expert, kind and depth, what was contested, what is expected, and against another.
+"""What a recipe takes from whom, in rows: by expert, kind and depth, what was contested and how that was decided, what is
+expected, and against another.
 
 Shares are mean coefficients (so 1/k counts as 1/k); `in` means a coefficient other than 0. Nothing here needs a model: sizes
 come from the recipe's masks and what was measured.
@@ -13,27 +14,57 @@ import numpy as np
 
 from mechmerge.errors import InputError, MissingError
 from mechmerge.localize.effect_file import MEASURED, EffectFile
-from mechmerge.models.components import PARTS, UNIT_KINDS, Component, parse_component
+from mechmerge.localize.rounds_file import RoundsFile
+from mechmerge.localize.settings import ScoreSource
+from mechmerge.models.components import LEAF_KINDS, OUTSIDE, PARTS, UNIT_KINDS, Component, parse_component
 from mechmerge.models.families import FAMILIES, Architecture
 from mechmerge.recipe.coefficients import Coefficients, coefficients, most_specific, parse_pattern
+from mechmerge.recipe.conflicts import (
+    RULES,
+    Rows,
+    Scores,
+    Shapes,
+    counts_of,
+    effect_shapes,
+    figure,
+    overlap_rule,
+    part_of,
+    signed,
+    sums,
+    values_of,
+    verdict,
+    wanted_by,
+)
+from mechmerge.recipe.policies import mean_scores, predicted_change
 from mechmerge.recipe.schema import Array, Masks, Recipe
+from mechmerge.recipe.sources import effect_gains, round_gains
 
 DEPTHS = ("early", "middle", "late")
 """Thirds of the layers."""
 NAMES = {"head": "heads", "kv": "kv groups", "neuron": "neurons"}
-Rows = list[dict[str, Any]]
-Shapes = Mapping[str, tuple[int, ...]]
+BY_WEIGHT = ("ties", "dare_ties", "della", "breadcrumbs", "sce")
+"""Methods of mergekit that choose single weights, not components."""
+
+
+def in_place_of_coefficients(recipe: Recipe) -> str | None:
+    """What decides in the place of coefficients of components, in two words; None where these do.
+
+    `by weight`: mergekit's method chooses single weights, in a recipe that works within coefficients too; `whole model`: it
+    takes all of each expert at shares of its own.
+    """
+    if recipe.mergekit is None or recipe.mergekit.method == "task_arithmetic":
+        return None
+    return "by weight" if recipe.mergekit.method in BY_WEIGHT else "whole model"
+
+
+def has_coefficients(recipe: Recipe) -> bool:
+    """Whether components have coefficients: in all recipes but most baselines."""
+    return in_place_of_coefficients(recipe) is None or (recipe.mergekit is not None and recipe.mergekit.within)
 
 
 def mask_shapes(masks: Masks) -> dict[str, tuple[int, ...]]:
     """[layers, units] by kind, as far as masks tell them."""
     return {name.rpartition(".")[2]: mask.shape for name, mask in masks.items()}
-
-
-def effect_shapes(effects: EffectFile | None) -> dict[str, tuple[int, ...]]:
-    """[layers, units] by kind, as far as effects tell them."""
-    arrays = {} if effects is None else effects.arrays
-    return {kind: arrays[f"{kind}.effect"].shape[-2:] for kind in UNIT_KINDS if f"{kind}.effect" in arrays}
 
 
 def plain_architecture(shapes: Shapes, tied: bool = True) -> Architecture:
@@ -66,12 +97,11 @@ def resolved(recipe: Recipe, masks: Masks, shapes: Shapes) -> Coefficients:
         InputError: a baseline, whose method decides weight by weight, or rules that do not fit.
         MissingError: sizes are not told.
     """
-    if recipe.mergekit is not None and not recipe.mergekit.within:
+    if not has_coefficients(recipe):
         raise InputError(
-            "recipe",
-            expected="a recipe of coefficients",
-            found=f"the baseline {recipe.policy.name}: it has one weight an expert",
-        )
+            "recipe", expected="a recipe of coefficients",
+            found=f"the baseline {recipe.policy.name}, whose method decides {in_place_of_coefficients(recipe)}",
+        )  # fmt: skip
     # Whether the head is tied is the models' affair: a recipe may name it.
     return coefficients(recipe, masks, plain_architecture({**shapes, **mask_shapes(masks)}, tied=False))
 
@@ -86,18 +116,69 @@ def parameters_of(recipe: Recipe, found: Coefficients, sizes: Mapping[str, int])
     return told
 
 
-def depth_rows(recipe: Recipe, found: Coefficients, sizes: Mapping[str, int]) -> Rows:
-    """One row for each expert and third of the layers: shares by kind, and parameters taken where sizes are known."""
+def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
+
+    Shares are mean coefficients (so 1/k counts as 1/k), in percent. `head + kv + neuron` weighs the kinds by their parameters,
+    and is a dash where these are not told. Where rules decide, no share can be said without the model: `by rules`. Nor can it
+    where a method of mergekit decides in the place of coefficients: its word stands there, and the weight it is given.
+    """
+    rows = []
+    for name, expert in recipe.experts.items():
+        if not has_coefficients(recipe):
+            given = recipe.mergekit is not None and recipe.mergekit.weighted
+            words = dict.fromkeys(("everything else", *UNIT_KINDS, "head + kv + neuron"), in_place_of_coefficients(recipe))
+            rows.append({"expert": name, "weight": f"{expert.default:g}" if given else "–", **words})
+            continue
+        row: dict[str, Any] = {"expert": name, "everything else": f"{expert.default:g}"}
+        ruled = any(rule.expert == name for rule in recipe.rules)
+        parts, sizes = [], []
+        for kind in UNIT_KINDS:
+            mask = masks.get(f"{name}.{kind}")
+            share = float(expert.default if mask is None else mask.mean(dtype=np.float64))
+            row[kind] = "by rules" if mask is None and ruled else share_text(recipe, share)
+            parts.append(share)
+            sizes.append((mask.size if mask is not None else 0) * unit_parameters.get(kind, 0))
+        if "by rules" in row.values():
+            whole = "by rules"
+        elif all(sizes):
+            whole = share_text(recipe, float(np.average(parts, weights=sizes)))
+        else:
+            whole = row["head"] if len(set(parts)) == 1 else "–"
+        row["head + kv + neuron"] = whole
+        rows.append(row)
+    return rows
+
+
+def depth_rows(recipe: Recipe, found: Coefficients | None, sizes: Mapping[str, int]) -> Rows:
+    """One row for each expert and third of the layers: shares by kind, and parameters taken where sizes are known.
+
+    Args:
+        recipe: the recipe.
+        found: its coefficients; None where its method decides in their place.
+        sizes: parameters of a unit by kind, where they are known.
+    """
     rows: Rows = []
     for name in recipe.experts:
+        if found is None:
+            word = in_place_of_coefficients(recipe)
+            rows += [{"expert": name, "depth": depth} | dict.fromkeys(NAMES.values(), word) for depth in DEPTHS]
+            continue
         parts = {kind: np.array_split(found.units[name][kind], len(DEPTHS)) for kind in UNIT_KINDS}
         for i, depth in enumerate(DEPTHS):
             row: dict[str, Any] = {"expert": name, "depth": depth}
-            row |= {NAMES[kind]: _percent(parts[kind][i]) for kind in UNIT_KINDS}
+            for kind in UNIT_KINDS:
+                part = parts[kind][i]
+                row[NAMES[kind]] = share_text(recipe, float(part.mean(dtype=np.float64))) if part.size else "–"
             if sizes:
                 row["parameters"] = sum(round(float(parts[k][i].sum(dtype=np.float64)) * sizes[k]) for k in UNIT_KINDS)
             rows.append(row)
     return rows
+
+
+def share_text(recipe: Recipe, share: float) -> str:
+    """A mean coefficient in percent; `within 50.0 %` where a method chooses weights inside of what has one."""
+    return f"{'' if in_place_of_coefficients(recipe) is None else 'within '}{100 * share:.1f} %"
 
 
 def contested_rows(recipe: Recipe, found: Coefficients, effects: EffectFile) -> Rows:
@@ -109,15 +190,17 @@ def contested_rows(recipe: Recipe, found: Coefficients, effects: EffectFile) -> 
     for i, name in enumerate(effects.metadata.experts):
         if name not in recipe.experts:
             continue
+        kinds = effect_shapes(effects)
         values = np.concatenate(
-            [effects.arrays[f"{kind}.effect"][:, i].reshape(len(effects.metadata.behaviors), -1) for kind in UNIT_KINDS], axis=1
-        )
-        kept = np.concatenate([found.units[name][kind].ravel() for kind in UNIT_KINDS])
+            [np.zeros((len(effects.metadata.behaviors), 0)),
+             *(effects.arrays[f"{kind}.effect"][:, i].reshape(len(effects.metadata.behaviors), -1) for kind in kinds)], axis=1
+        )  # fmt: skip
+        kept = np.concatenate([np.zeros(0), *(found.units[name][kind].ravel() for kind in kinds)])
         helps, harms = (values > 0).any(axis=0), (values < 0).any(axis=0)
-        for verdict, which in (("helps only", helps & ~harms), ("contested", helps & harms), ("harms only", harms & ~helps),
+        for told, which in (("helps only", helps & ~harms), ("contested", helps & harms), ("harms only", harms & ~helps),
                                ("no effect", ~helps & ~harms)):  # fmt: skip
             if which.any():
-                row: dict[str, Any] = {"expert": name, "components": verdict, "number": int(which.sum())}
+                row: dict[str, Any] = {"expert": name, "components": told, "number": int(which.sum())}
                 row |= {"in": int((kept[which] != 0).sum()), "out": int((kept[which] == 0).sum())}
                 rows.append(row | {"mean coefficient": round(float(kept[which].mean(dtype=np.float64)), 3)})
     return rows
@@ -135,21 +218,123 @@ def overlap_rows(recipe: Recipe, found: Coefficients) -> Rows:
     return rows
 
 
-def expected_rows(recipe: Recipe, effects: EffectFile | None = None) -> Rows:
-    """One row for each behaviour: predicted and realised change, and the share of its own expert's gain where that is known."""
-    own = {} if effects is None else {b.name: b for b in effects.metadata.behaviors}
+def predicted_by(
+    recipe: Recipe, found: Coefficients | None, effects: EffectFile | None
+) -> tuple[dict[str, float], ScoreSource] | None:
+    """The change of each behaviour that the recipe predicts, else that the effects predict of its coefficients, and of what.
+
+    None where neither does: what a method of mergekit does beyond coefficients is not foreseen.
+    """
+    if recipe.predicted is not None:
+        return recipe.predicted, recipe.predicted_on
+    if effects is None or found is None or in_place_of_coefficients(recipe) is not None:
+        return None
+    if effects.metadata.experts.keys() != recipe.experts.keys():
+        return None
+    masks: Masks = {}
+    for name in recipe.experts:
+        masks |= {f"{name}.{kind}": found.units[name][kind] for kind in LEAF_KINDS}
+        masks |= {f"{name}.{place}": np.full((1, 1), found.outside[name][place], np.float32) for place in OUTSIDE}
+    defaults = {name: expert.default for name, expert in recipe.experts.items()}
+    return predicted_change(effects, defaults, masks), effects.metadata.metric
+
+
+def own_gains(
+    recipe: Recipe, metric: ScoreSource, effects: EffectFile | None = None, rounds: RoundsFile | None = None
+) -> dict[str, float]:
+    """What each behaviour's own expert gains in a metric: as the recipe says it of what its prediction is from, else as the
+    files tell; empty where nothing does.
+    """
+    told: list[tuple[str, dict[str, float]]] = []
+    if recipe.predicted is not None:
+        told += [(source.kind, source.gains) for source in recipe.provenance if source.metric == metric]
+    if effects is not None and effects.metadata.metric == metric:
+        told.append(("effects", effect_gains(effects)))
+    if rounds is not None and metric == "loss":
+        told.append(("rounds", round_gains(rounds)))
+    # What was measured at the merge was measured on the answers of the rounds.
+    first = "rounds" if recipe.realised is not None else "effects"
+    return next((gains for _, gains in sorted(told, key=lambda one: one[0] != first) if gains), {})
+
+
+def expected_rows(
+    recipe: Recipe,
+    predicted: Mapping[str, float],
+    metric: ScoreSource,
+    gains: Mapping[str, float],
+    effects: EffectFile | None = None,
+) -> Rows:
+    """One row for each behaviour: predicted and realised change, and which share of its own expert's gain they are.
+
+    Args:
+        recipe: the recipe.
+        predicted: change by behaviour.
+        metric: of what.
+        gains: see `own_gains`; without any there are no shares.
+        effects: where they are known, they name the experts.
+    """
+    experts = {} if effects is None else {b.name: b.expert for b in effects.metadata.behaviors}
+    sign = -1 if metric == "loss" else 1
     rows: Rows = []
-    for name, change in (recipe.predicted or {}).items():
-        behavior = own.get(name)
-        row: dict[str, Any] = {"behavior": name, f"predicted change of {MEASURED[recipe.predicted_on]}": round(change, 4)}
+    for name, change in predicted.items():
+        row: dict[str, Any] = {"behavior": name, f"predicted change of {MEASURED[metric]}": round(change, 4)}
+        gain = gains.get(name, 0.0)
+        shares = {"expected recovery": round(sign * change / gain, 3) if gain > 0 else "–"}
         if recipe.realised is not None:
-            row["measured"] = round(recipe.realised[name], 4) if name in recipe.realised else "–"
-        if own:
-            gain = None if behavior is None or behavior.protected or behavior.own_gain <= 0 else behavior.own_gain
-            sign = -1 if recipe.predicted_on == "loss" else 1
-            row["its expert"] = "–" if behavior is None else behavior.expert
-            row["expected recovery"] = "–" if gain is None else round(sign * change / gain, 3)
-        rows.append(row)
+            measured = recipe.realised.get(name)
+            row["measured"] = "–" if measured is None else round(measured, 4)
+            shares["measured recovery"] = round(sign * measured / gain, 3) if measured is not None and gain > 0 else "–"
+        if experts:
+            row["its expert"] = experts.get(name, "–")
+        rows.append(row | (shares if gains else {}))
+    return rows
+
+
+def unexpected_rows(recipe: Recipe, effects: EffectFile | None = None, rounds: RoundsFile | None = None) -> Rows:
+    """Why no change or no recovery can be expected of a recipe, or what would tell it: one row, or none."""
+    metric, instead = recipe.predicted_on, in_place_of_coefficients(recipe)
+    if recipe.predicted is None:
+        if instead is not None:
+            return [{"what": "expected change", "why": f"{instead}: effects of components do not foresee what the method does"}]
+        known = effects is not None or recipe.policy.name.split()[0] not in (*RULES, "conflict", "rounds")
+        return [] if known else [{"what": "expected change", "why": "needs an effect file of these models (--effects)"}]
+    if own_gains(recipe, metric, effects, rounds):
+        return []
+    why = "nothing tells what the experts gain: give the effect file (--effects) or the rounds file (--rounds)"
+    if effects is not None and effects.metadata.metric != metric:
+        other = MEASURED[effects.metadata.metric]
+        why = f"the recipe predicts a change of {MEASURED[metric]}, and the effect file tells of {other}"
+    return [{"what": "expected recovery", "why": why}]
+
+
+def undecided_rows(
+    recipe: Recipe, effects: EffectFile | None = None, rounds: RoundsFile | None = None, scores: Scores | None = None
+) -> Rows:
+    """What cannot be said of how a recipe's components were decided on, and why or what would tell it: one row each."""
+    rows: Rows = []
+    policy = recipe.policy.name
+    if policy in ("conflict", "solve", "rounds") and effects is None:
+        rows.append({"what": "what was decided on", "why": "needs the effect file (--effects)"})
+    elif policy == "rounds" and effects is not None:
+        why = f"the effects at its merges are kept nowhere; those here are along {effects.metadata.path}"
+        rows.append({"what": "what each round decided on", "why": why})
+    if policy in ("top", "weighted") and len(recipe.experts) > 1 and not scores:
+        lost = ", since winner keeps one of them" if recipe.policy.parameters.get("overlap") == "winner" else ""
+        rows.append({"what": "what each expert wanted", "why": f"needs the score files (--scores){lost}"})
+    counts = None if effects is None else counts_of(recipe, effects, rounds)
+    if isinstance(counts, str):
+        rows.append({"what": "weighted effects", "why": counts})
+    return rows
+
+
+def round_rows(rounds: RoundsFile) -> Rows:
+    """One row for each round, or measured solution: what was proposed, changed, predicted and found, and whether it stayed."""
+    rows: Rows = []
+    for number, record in enumerate(rounds.metadata.rounds, 1):
+        row: dict[str, Any] = {rounds.metadata.method: number, "proposed": record.proposed, "changed": record.changed}
+        for name, change in record.realised.items():
+            row[f"{name}: predicted, found"] = f"{signed(record.predicted[name])}, {signed(change)}"
+        rows.append(row | {"weighted gain": round(record.gain, 4), "stayed": "yes" if record.accepted else "no"})
     return rows
 
 
@@ -163,7 +348,7 @@ def component_rows(recipe: Recipe, masks: Masks, found: Coefficients, text: str)
     component = parse_component(text, found.arch)
     rows: Rows = []
     for name in recipe.experts:
-        values = _values(found, name, component)
+        values = values_of(found, name, component)
         row: dict[str, Any] = {"expert": name, "coefficient": round(float(values.mean(dtype=np.float64)), 6)}
         if values.size > 1:
             row |= {"least": round(float(values.min()), 6), "largest": round(float(values.max()), 6), "parts": values.size}
@@ -184,40 +369,70 @@ def component_effects(effects: EffectFile, text: str, arch: Architecture) -> Row
     for e, expert in enumerate(effects.metadata.experts):
         for b, behavior in enumerate(effects.metadata.behaviors):
             row: dict[str, Any] = {"expert": expert, "on": behavior.name}
-            values = _part(effects, "effect", component)[b, e]
+            values = part_of(effects, "effect", component)[b, e]
             row["effect"] = round(float(values.sum(dtype=np.float64)), 7) if values.size else "–"
             if not values.size:
                 rows.append(row)
                 continue
             if component.layer < 0 or component.kind in effect_shapes(effects):
-                row["stderr"] = round(float(_part(effects, "stderr", component)[b, e].sum(dtype=np.float64)), 7)
-            halves = _part(effects, "half", component)
+                row["stderr"] = round(float(part_of(effects, "stderr", component)[b, e].sum(dtype=np.float64)), 7)
+            halves = part_of(effects, "half", component)
             row |= {f"half {h + 1}": round(float(halves[h, b, e].sum(dtype=np.float64)), 7) for h in (0, 1) if halves.size}
             rows.append(row)
     return rows
 
 
-def _part(effects: EffectFile, measure: str, component: Component) -> Array:
-    """The effects of a component's parts, with the parts as the last dimension (empty where the file has none)."""
-    kinds = PARTS.get(component.kind, (component.kind,))
-    arrays = [effects.arrays[f"{kind}.{measure}"][..., max(component.layer, 0), :] for kind in kinds
-              if f"{kind}.{measure}" in effects.arrays]  # fmt: skip
-    if not arrays:
-        lead = (2,) if measure == "half" else ()
-        return np.zeros((*lead, len(effects.metadata.behaviors), len(effects.metadata.experts), 0))
-    joined: Array = np.concatenate(arrays, axis=-1)
-    return joined[..., component.unit : component.unit + 1] if component.kind in UNIT_KINDS else joined
+def weighted_rows(recipe: Recipe, found: Coefficients, effects: EffectFile, counts: Array, text: str) -> Rows:
+    """One row for each expert: a component's effects times what they count (`counts_of`), their sum on all prompts and on each
+    half, and what was decided by it.
+
+    Raises:
+        InputError: no such component.
+    """
+    component = parse_component(text, found.arch)
+    rows: Rows = []
+    for e, expert in enumerate(effects.metadata.experts):
+        row: dict[str, Any] = {"expert": expert}
+        values = part_of(effects, "effect", component)[:, e]
+        if values.shape[-1]:
+            for b, behavior in enumerate(effects.metadata.behaviors):
+                row[f"on {behavior.name}"] = figure(float(counts[b] * values[b].sum(dtype=np.float64)))
+            rows.append(
+                row | sums(effects, component, e, counts) | {"decided": verdict(recipe, found, effects, component, e, counts)}
+            )
+    return rows
 
 
-def _values(found: Coefficients, expert: str, component: Component) -> Array:
-    if component.layer < 0:
-        return np.array([found.outside[expert][component.kind]])
-    if component.kind in UNIT_KINDS:
-        return found.units[expert][component.kind][component.layer, component.unit : component.unit + 1]
-    parts: Array = np.concatenate(
-        [found.units[expert][k][component.layer] for k in PARTS.get(component.kind, (component.kind,))]
-    )
-    return parts
+def score_rows(recipe: Recipe, found: Coefficients, scores: Scores, text: str) -> Rows:
+    """One row for each expert: a component's score, its rank among those that it competes with, what the expert wanted and what
+    it gets; nothing of what `top` and `weighted` do not ask for.
+
+    Raises:
+        InputError: no such component.
+    """
+    component = parse_component(text, found.arch)
+    if component.kind not in UNIT_KINDS:
+        return []
+    kind, at = component.kind, (component.layer, component.unit)
+    wants = wanted_by(recipe, scores)
+    several = sum(wants[f"{name}.{kind}"][at] != 0 for name in recipe.experts) > 1
+    rows: Rows = []
+    for name in recipe.experts:
+        tables = mean_scores(name, scores[name], [])
+        rivals = np.concatenate([tables[k].ravel() for k in (UNIT_KINDS if recipe.policy.name == "top" else (kind,))])
+        score, known = float(tables[kind][at]), int(np.isfinite(rivals).sum())
+        wanted = float(wants[f"{name}.{kind}"][at])
+        rows.append(
+            {
+                "expert": name,
+                "score": figure(score) if np.isfinite(score) else "–",
+                "rank": f"{1 + int((rivals > score).sum())} of {known}" if np.isfinite(score) else "–",
+                "wanted": round(wanted, 6),
+                "gets": round(float(found.units[name][kind][at]), 6),
+                "decided": overlap_rule(recipe) if several and wanted else "its own score",
+            }
+        )
+    return rows
 
 
 def _decided(recipe: Recipe, masks: Masks, arch: Architecture, expert: str, component: Component) -> str:

@@ -244,7 +244,7 @@ def top(scores: Mapping[str, Sequence[ScoreFile]], budget: float, overlap: Overl
     if not 0 < budget <= 1:
         raise InputError("budget", expected="a fraction above 0 and at most 1", found=str(budget))
     notes: list[str] = []
-    tables = {expert: _mean_scores(expert, files, notes) for expert, files in scores.items()}
+    tables = {expert: mean_scores(expert, files, notes) for expert, files in scores.items()}
     taken = {expert: _best(table, _unit_parameters(scores[expert]), budget) for expert, table in tables.items()}
     masks: Masks = {}
     for kind in UNIT_KINDS:
@@ -283,11 +283,10 @@ def weighted(
     if not 0 < budget <= 1:
         raise InputError("budget", expected="a fraction above 0 and at most 1", found=str(budget))
     notes: list[str] = []
-    tables = {expert: _mean_scores(expert, files, notes) for expert, files in scores.items()}
+    tables = {expert: mean_scores(expert, files, notes) for expert, files in scores.items()}
     masks: Masks = {}
     for kind in UNIT_KINDS:
-        depths = {expert: max(file.depth for file in files) for expert, files in scores.items()}
-        found = np.stack([_graded(table[kind], depths[expert], budget, scale) for expert, table in tables.items()])
+        found = np.stack([_graded(table[kind], budget, scale) for table in tables.values()])
         for expert, values in zip(scores, found, strict=True):
             if values.mean() < budget - 1e-3:
                 notes.append(f"{expert}: too few {kind} components have a score: mean coefficient {values.mean():.3f}")
@@ -300,12 +299,11 @@ def weighted(
     return Choice(dict.fromkeys(scores, 0.0), masks, notes=tuple(notes))
 
 
-def _graded(score: Array, depth: int, budget: float, scale: Scale) -> Array:
+def _graded(score: Array, budget: float, scale: Scale) -> Array:
     """float64 [layers, units], 0 … 1, rising with the score, with the mean `budget` as far as that can be."""
     from scipy.stats import rankdata
 
-    below = np.arange(len(score))[:, None] < depth
-    known = np.isfinite(score) & below if scale == "rank" else np.isfinite(score) & below & (score > 0)
+    known = np.isfinite(score) if scale == "rank" else np.isfinite(score) & (score > 0)
     result = np.zeros(score.shape)
     if not known.any():
         return result
@@ -326,8 +324,8 @@ def _graded(score: Array, depth: int, budget: float, scale: Scale) -> Array:
     return result
 
 
-def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> dict[str, Array]:
-    """kind → float64 [layers, units], −inf where no file has a score."""
+def mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> dict[str, Array]:
+    """kind → float64 [layers, units], −inf where no file has a score, and above the anchors of all that are used."""
     if not files:
         raise InputError(f"expert {expert}", expected="at least one score file", found="none")
     valid = [file for file in files if file.metadata.valid]
@@ -348,6 +346,7 @@ def _mean_scores(expert: str, files: Sequence[ScoreFile], notes: list[str]) -> d
         total = np.where(known, stacked, 0.0).sum(axis=0)
         count = known.sum(axis=0)
         result[kind] = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
+        result[kind][max(file.depth for file in used) :] = -np.inf
     return result
 
 

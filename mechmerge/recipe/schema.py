@@ -93,6 +93,12 @@ class Source(Document):
     """Its name without local folders."""
     kind: Literal["scores", "effects", "rounds", "recipe"]
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    metric: ScoreSource | None = None
+    """What its gains are counted in; None where it tells none."""
+    gains: dict[str, float] = Field(default_factory=dict)
+    """What each behaviour's own expert gains over the base, as effect and rounds files tell: what a predicted change is a share
+    of. Protected behaviours have none, nor has anything in older recipes.
+    """
 
 
 UNWEIGHTED = ("sce", "model_stock")

@@ -6,15 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mechmerge.artifacts import METADATA_KEY, parse_json, sha256_file
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EffectFile, read_effects
 from mechmerge.localize.rounds_file import RoundsFile, read_rounds
 from mechmerge.localize.scores import ScoreFile, read_scores
+from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
-from mechmerge.recipe.schema import Array, Source
+from mechmerge.recipe.schema import Array, Masks, Recipe, Source
+
+Measured = Literal["scores", "effects", "rounds"]
 
 
 @dataclass(frozen=True)
@@ -80,18 +84,18 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
                 raise InputError(str(path), expected="one effect file", found="a second one")
             effects = read_effects(path)
             base = effects.metadata.base
-            provenance.append(Source(file=path.name, kind="effects", sha256=sha256_file(path)))
+            provenance.append(_source(path, "effects", effects.metadata.metric, effect_gains(effects)))
         elif kind == "rounds":
             if settled is not None:
                 raise InputError(str(path), expected="one rounds file", found="a second one")
             settled = read_rounds(path)
             base = settled.metadata.base
-            provenance.append(Source(file=path.name, kind="rounds", sha256=sha256_file(path)))
+            provenance.append(_source(path, "rounds", "loss", round_gains(settled)))
         else:
             file = read_scores(path)
             scored.append(file)
             base = file.metadata.base
-            provenance.append(Source(file=path.name, kind="scores", sha256=sha256_file(path)))
+            provenance.append(_source(path, "scores"))
         bases.setdefault(base.digest, base)
         if len(bases) > 1:
             first, other = (f"{model.name} ({model.digest[:12]})" for model in bases.values())
@@ -128,6 +132,99 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
     )
 
 
+def effect_gains(effects: EffectFile) -> dict[str, float]:
+    """What each behaviour's own expert gains over the base, in the file's metric; without those that are protected."""
+    return {b.name: round(b.own_gain, 6) for b in effects.metadata.behaviors if not b.protected}
+
+
+def round_gains(rounds: RoundsFile) -> dict[str, float]:
+    """The same of a rounds file, nats per answer token."""
+    return {b.name: round(b.loss_base - b.loss_expert, 6) for b in rounds.metadata.behaviors if b.expert != "base"}
+
+
+def _source(path: Path, kind: Measured, metric: ScoreSource | None = None, gains: Mapping[str, float] | None = None) -> Source:
+    return Source(file=path.name, kind=kind, sha256=sha256_file(path), metric=metric, gains=dict(gains or {}))
+
+
+# ------------------------------------------------------------------------------------------------------------ a recipe's files
+def read_again(
+    recipe: Recipe, masks: Masks, effects: Path | None = None, rounds: Path | None = None, scores: Sequence[Path] = ()
+) -> tuple[Sources, tuple[str, ...]]:
+    """The files that a recipe was made from, or others of its very models, with the recipe's names of the experts.
+
+    Returns:
+        The files, and what is to be said of those that the recipe was not made from.
+
+    Raises:
+        InputError: a file of another base, of other experts or of other sizes, or an expert without score files.
+        SchemaError: a file that is not of the kind it is given as, or a broken one.
+    """
+    ours = {name: expert.model for name, expert in recipe.experts.items()}
+    measured = None if effects is None else read_effects(effects)
+    settled = None if rounds is None else read_rounds(rounds)
+    scored = [read_scores(path) for path in scores]
+    notes = []
+    if effects is not None and measured is not None:
+        notes += _check(recipe, masks, effects, "effects", measured.metadata.experts, measured)
+        measured = _renamed(measured, ours)
+    if rounds is not None and settled is not None:
+        notes += _check(recipe, masks, rounds, "rounds", settled.metadata.experts, settled)
+    for path, file in zip(scores, scored, strict=True):
+        notes += _check(recipe, masks, path, "scores", {expert_name(file.metadata.expert): file.metadata.expert}, file)
+    grouped = {name: [file for file in scored if file.metadata.expert.digest == model.digest] for name, model in ours.items()}
+    if scored and (missing := [name for name, files in grouped.items() if not files]):
+        raise InputError("score files", expected=f"those of {', '.join(ours)}", found=f"none of {', '.join(missing)}")
+    return Sources(recipe.base, ours, measured, settled, grouped if scored else {}), tuple(notes)
+
+
+def _check(
+    recipe: Recipe,
+    masks: Masks,
+    path: Path,
+    kind: Measured,
+    theirs: Mapping[str, ModelId],
+    file: EffectFile | RoundsFile | ScoreFile,
+) -> list[str]:
+    """What is to be said of a file of a recipe's models.
+
+    Raises:
+        InputError: it is of other models.
+    """
+    made_from = {source.sha256: f"{source.file} (sha256 {source.sha256[:12]})" for source in recipe.provenance
+                 if source.kind == kind}  # fmt: skip
+    named = ", ".join(made_from.values())
+    fix = f"give what it was made from: {named}" if named else f"give {kind} of these models"
+    base, ours = file.metadata.base, {name: expert.model for name, expert in recipe.experts.items()}
+    if base.digest != recipe.base.digest:
+        expected = f"the recipe's base {_said(recipe.base.name, recipe.base)}"
+        raise InputError(str(path), expected=expected, found=_said(base.name, base), fix=fix)
+    known, given = (sorted(model.digest for model in models.values()) for models in (ours, theirs))
+    if not (set(given) <= set(known) if kind == "scores" else given == known):
+        expected, found = (", ".join(_said(*item) for item in models.items()) for models in (ours, theirs))
+        raise InputError(str(path), expected=f"the recipe's experts {expected}", found=found, fix=fix)
+    measure = {"effects": "effect", "rounds": "coefficient", "scores": "screen"}[kind]
+    for name, mask in masks.items():
+        unit = name.rpartition(".")[2]
+        array = file.arrays.get(f"{unit}.{measure}")
+        if array is not None and array.shape[-2:] != mask.shape:
+            expected, found = (f"{layers} layers × {units}" for layers, units in (mask.shape, array.shape[-2:]))
+            raise InputError(f"{path}: {unit}", expected=f"{expected}, as the recipe's masks have", found=found, fix=fix)
+    if sha256_file(path) in made_from or (kind == "effects" and not made_from):  # effects predict for any recipe
+        return []
+    return [f"{path.name}: of the recipe's models, but not among the {kind} that it was made from: {named or 'none'}"]
+
+
+def effects_of(recipe: Recipe, effects: EffectFile) -> EffectFile | None:
+    """Effects under a recipe's names of the experts; None where they are of others."""
+    ours = {name: expert.model for name, expert in recipe.experts.items()}
+    known, given = (sorted(model.digest for model in models.values()) for models in (ours, effects.metadata.experts))
+    return _renamed(effects, ours) if known == given else None
+
+
+def _said(name: str, model: ModelId) -> str:
+    return f"{name} ({model.digest[:12]})"
+
+
 def _kind(path: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
@@ -157,8 +254,10 @@ def _names(scored: Sequence[ScoreFile]) -> dict[str, ModelId]:
 
 def _renamed(effects: EffectFile, named: Mapping[str, ModelId]) -> EffectFile:
     """The effect file with its experts under the given names; the order of its tensors stays."""
-    names = {model.digest: name for name, model in named.items()}
     old = effects.metadata.experts
+    if all(name in named and named[name].digest == model.digest for name, model in old.items()):
+        return effects
+    names = {model.digest: name for name, model in named.items()}
     for name, model in old.items():
         if model.digest not in names:
             raise InputError("effect file", expected=f"experts among {', '.join(named)}", found=name)

@@ -13,7 +13,7 @@ from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
 from mechmerge.recipe.coefficients import coefficients
-from mechmerge.recipe.explain import plain_architecture
+from mechmerge.recipe.explain import in_place_of_coefficients, plain_architecture
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe
 from mechmerge.report.loading import Measurements
 from mechmerge.report.style import Array, signed
@@ -21,8 +21,6 @@ from mechmerge.report.tables import DEPTHS, Rows
 
 HEADER = ["recipe", "policy", "expert", "default", "rules", "heads in", "kv groups in", "neurons in", "parameters in"]
 """`in`: share of the expert's units with a coefficient other than 0; parameters: the same by head, kv and neuron parameters."""
-BY_WEIGHT = ("ties", "dare_ties", "della", "breadcrumbs", "sce")
-"""Methods of mergekit that choose single weights, not components."""
 
 
 class KeptOf(NamedTuple):
@@ -62,8 +60,8 @@ def kept_of(recipe: Recipe, masks: Masks, run: Measurements) -> KeptOf:
         InputError: a rule or mask does not fit the model's layers and units.
     """
     experts = {name: entry.model for name, entry in recipe.experts.items()}
-    if recipe.mergekit is not None and recipe.mergekit.method != "task_arithmetic":
-        return KeptOf(experts, {}, "by weight" if recipe.mergekit.method in BY_WEIGHT else "whole model")
+    if (instead := in_place_of_coefficients(recipe)) is not None:
+        return KeptOf(experts, {}, instead)
     shapes = _shapes(run, masks)
     if set(shapes) != set(UNIT_KINDS):
         return KeptOf(experts, {}, None)
@@ -163,13 +161,13 @@ def _share(recipe: Recipe, masks: Masks, expert: str, kind: str) -> str:
         return f"{100 * float((mask != 0).mean()):.1f} %"
     if any(rule.expert == expert for rule in recipe.rules):
         return "by rule"
-    if recipe.mergekit is not None and recipe.mergekit.method in BY_WEIGHT:
-        return "by weight"
+    if (instead := in_place_of_coefficients(recipe)) is not None:
+        return instead
     return "100 %" if recipe.experts[expert].default != 0 else "0 %"
 
 
 def _whole(shares: list[str], masks: Masks, expert: str, sizes: Mapping[str, int]) -> str:
-    if len(set(shares)) == 1 and shares[0] in ("100 %", "0 %", "by rule", "by weight"):
+    if len(set(shares)) == 1 and shares[0] in ("100 %", "0 %", "by rule", "by weight", "whole model"):
         return shares[0]
     found = [(masks.get(f"{expert}.{kind}"), sizes.get(kind)) for kind in UNIT_KINDS]
     if any(mask is None or size is None for mask, size in found):

@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse
 from mechmerge.errors import InputError, MechmergeError
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.pipeline.schema import DRAWN
-from mechmerge.recipe.compile import CONTROLS, POLICIES, WITHIN, Compiled, compile_recipe, expected_change, shares
+from mechmerge.recipe.compile import CONTROLS, POLICIES, WITHIN, Compiled, compile_recipe, expected_change
+from mechmerge.recipe.explain import shares
 from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources
 from mechmerge.report.pack import clean

@@ -58,6 +58,7 @@ SETTINGS = (
     Setting("match_norms", "The norm of the change is kept", "flag", False),
     Setting("weight", "Weight of each expert", "slider", 1.0, 0.0, 2.0, 0.05),
     Setting("density", "Density", "slider", 0.5, 0.05, 1.0, 0.05, percent=True),
+    Setting("lambda", "Times what is added to the base", "slider", 1.0, 0.0, 2.0, 0.05),
     Setting("epsilon", "Epsilon", "slider", 0.15, 0.01, 0.5),
     Setting("gamma", "Gamma", "slider", 0.01, 0.0, 0.5),
     Setting("topk", "Share of elements kept", "slider", 1.0, 0.05, 1.0, 0.05, percent=True),
