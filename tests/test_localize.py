@@ -173,9 +173,10 @@ def test_a_gap_that_is_not_above_zero_gives_raw_differences(
 
 def test_behaviours_with_too_few_topics_are_refused(base: Model, expert: Model, tmp_path: Path) -> None:
     pairs = behavior().pairs
-    same = tuple(pair.model_copy(update={"topic": "tea"}) for pair in pairs)
-    with pytest.raises(LocalizeError, match="at least 4 topics"):
-        localize(base, expert, [behavior().model_copy(update={"pairs": same})], tmp_path, SETTINGS)
+    for topics in (["tea"], ["tea", "rain", "bread"]):  # several prompts of one topic are no more topics
+        few = tuple(pair.model_copy(update={"topic": topics[i % len(topics)]}) for i, pair in enumerate(pairs))
+        with pytest.raises(LocalizeError, match=f"at least 4 topics; found {len(topics)}"):
+            localize(base, expert, [behavior().model_copy(update={"pairs": few})], tmp_path, SETTINGS)
 
 
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(

@@ -163,10 +163,10 @@ def split(behavior: Behavior) -> tuple[list[int], list[int]]:
     Raises:
         LocalizeError: fewer than four topics.
     """
-    made, held_out = halves(topics_of(behavior))
-    if min(len(made), len(held_out)) < 2:
-        raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found="fewer")
-    return made, held_out
+    topics = topics_of(behavior)
+    if (found := len(set(topics))) < 4:
+        raise LocalizeError(f"behaviour {behavior.name}", expected="prompts on at least 4 topics", found=str(found))
+    return halves(topics)
 
 
 def topics_of(behavior: Behavior) -> list[str]:

@@ -2,7 +2,7 @@
 
 Tensors, float32, NaN where not measured:
     <kind>.<measure>          [layers, units]   kind: layer, attention, mlp, head, kv, neuron
-    <kind>.<measure>.stderr   [layers, units]   standard error over prompts
+    <kind>.<measure>.stderr   [layers, units]   standard error over prompts, those of one topic together
     <kind>.output             [layers, units]   layer, attention, mlp at or above the anchor: share of the base's divergence
                                                 from the expert that their expert weights take away; NaN below
     <kind>.delta_norm         [layers, units]   Frobenius norm of expert − base
@@ -45,7 +45,7 @@ class AnchorRecord(Document):
     gap: float
     """Mean of s(expert, x⁺) − s(base, x⁺) over held-out prompts, in units of the residual stream."""
     gap_low: float
-    """Lower end of the gap's 95 % bootstrap interval over prompts."""
+    """Lower end of the gap's 95 % bootstrap interval over topics."""
     steering_base: float | None = None
     """Pass rate of the base's answers to held-out prompts (x⁺), 0 … 1; None without a verifier."""
     steering_steered: float | None = None
@@ -86,7 +86,7 @@ class LossRecord(Document):
     gap: float
     """base − expert."""
     gap_low: float
-    """Lower end of the gap's 95 % bootstrap interval over prompts."""
+    """Lower end of the gap's 95 % bootstrap interval over topics."""
     prompts: int
     """Prompts asked."""
     answers: int

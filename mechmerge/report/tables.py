@@ -146,7 +146,7 @@ class Ranked(NamedTuple):
     patched: float
     """Weight patching; NaN where it was not patched."""
     stderr: float
-    """Standard error of that over prompts; NaN where it was not stored."""
+    """Standard error of that over topics; NaN where it was not stored."""
     screen: float
     """First-order estimate; NaN where there is none."""
     screen_stderr: float = math.nan
