@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mechmerge.errors import InputError, LocalizeError, SchemaError
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.calibration import BehaviorRow
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile, read_effects
-from mechmerge.localize.effects import EffectSettings, measure_effects
+from mechmerge.localize.effects import EffectSettings, measure_effects, statistics
 from mechmerge.models.references import Model
 
 SETTINGS = EffectSettings(prompts=4, dtype="float32", batch=3)
@@ -82,6 +83,29 @@ def test_halves_average_to_the_whole(measured: Path) -> None:
     for kind in ("head", "neuron", "norms"):
         assert np.allclose(arrays[f"{kind}.half"].mean(0), arrays[f"{kind}.effect"], atol=1e-6)
         assert (arrays[f"{kind}.stderr"] > 0).any()
+
+
+def test_prompts_of_one_topic_are_no_independent_ones() -> None:
+    """Written out: √(k/(k − 1) · Σ over topics of (Σ of weighted deviations)²); without topics the usual error."""
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(2, 6, 3, 4)).astype(np.float32)
+    weights = np.array([[1 / 4, 1 / 4, 1 / 4, 1 / 4, 0, 0], [0, 0, 0, 0, 1 / 2, 1 / 2]])
+    for topics in (["tea", "rain", "tea", "rain", "tea", "bread"], [""] * 6):
+        known: Any = SimpleNamespace(
+            weights=lambda half=None: weights,
+            examples=[SimpleNamespace(topic=topic) for topic in topics],
+            checkpoint=SimpleNamespace(arch=SimpleNamespace(tied=True)),
+        )
+        found = statistics(known, {"neuron": values})["neuron.stderr"]
+        for r in range(2):
+            mean = np.einsum("n,enlu->elu", weights[r], values)
+            groups: dict[str, Any] = {}
+            for i in np.flatnonzero(weights[r]):
+                key = topics[i] or str(i)
+                groups[key] = groups.get(key, 0) + weights[r, i] * (values[:, i] - mean)
+            k = len(groups)
+            assert found[r] == pytest.approx(np.sqrt(k / (k - 1) * sum(g**2 for g in groups.values())), abs=1e-5)
+    assert found[0] == pytest.approx(values[:, :4].std(1, ddof=1) / 2, abs=1e-5)
 
 
 def test_file_says_what_was_measured(measured: Path, base: Model, expert: Model) -> None:

@@ -207,7 +207,8 @@ class AnchorCalibration(Calibration):
             tokens = units.json(f"prompts-{len(measured)}", partial(self._tokens, behavior, measured))
             topics = topics_of(behavior)
             _, second = halves([topics[i] for i in measured])
-            found += [Example(r, m, int(i in second), tuple(ids)) for i, ids in enumerate(tokens)]
+            about = [behavior.pairs[i].topic or "" for i in measured]
+            found += [Example(r, m, int(i in second), tuple(ids), topic=about[i]) for i, ids in enumerate(tokens)]
         return found
 
     def _tokens(self, behavior: Behavior, measured: Sequence[int]) -> Any:

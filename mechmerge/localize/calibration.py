@@ -93,6 +93,8 @@ class Example:
     """0 or 1: which half of the calibration prompts it belongs to (by topic)."""
     prompt: tuple[int, ...]
     answer: tuple[int, ...] = ()
+    topic: str = ""
+    """What the prompt is about; examples of one topic are no independent ones. Empty: a topic of its own."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class Calibration:
                 asked[r] = asked.get(r, 0) + len(pairs)
                 kept = self.units.json(f"answers-{digest([row.name, member.name])[:12]}", partial(self._ask, r, m))
                 for index, prompt, answer in kept:
-                    found.append(Example(r, m, int(index in split[1]), tuple(prompt), tuple(answer)))
+                    found.append(Example(r, m, int(index in split[1]), tuple(prompt), tuple(answer), pairs[index].topic or ""))
                 for half in (0, 1):
                     if not any((e.row, e.member, e.half) == (r, m, half) for e in found):
                         raise LocalizeError(

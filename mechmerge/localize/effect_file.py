@@ -2,7 +2,7 @@
 
 Tensors, float32; sign: positive helps the behaviour. The unit is that of the document's `metric` (`UNITS`):
     <kind>.effect   [behaviours, experts, layers, units]      mean over prompts
-    <kind>.stderr   [behaviours, experts, layers, units]      standard error over prompts
+    <kind>.stderr   [behaviours, experts, layers, units]      standard error over topics
     <kind>.half     [2, behaviours, experts, layers, units]   the mean on each half of the prompts
 kind: head, kv, neuron, attention.rest, mlp.rest, norms (units 1) and embed, final_norm, lm_head (layers 1, units 1). Together
 the kinds partition the parameters, so the sum over everything is the whole change of the metric along the path.

@@ -214,8 +214,9 @@ def _total(values: Mapping[str, Array], weights: Array) -> Array:
 
 
 def statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[str, Array]:
-    """Means, standard errors and the means of both halves from effects of single examples, [E, n, layers, units] each."""
+    """Means, standard errors over topics and the means of both halves from effects of examples, [E, n, layers, units] each."""
     weights, halves = calibration.weights(), [calibration.weights(half) for half in (0, 1)]
+    told = [example.topic or f"{i}" for i, example in enumerate(calibration.examples)]
     arrays: dict[str, Array] = {}
     for kind, values in summed.items():
         if kind == "lm_head" and calibration.checkpoint.arch.tied:
@@ -225,9 +226,11 @@ def statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[st
         for r in range(len(mean)):
             own = np.flatnonzero(weights[r])
             centred = values[:, own] - mean[r][:, None]
-            # The variance of a weighted mean, with Bessel's correction.
-            correction = len(own) / max(len(own) - 1, 1)
-            variance[r] = np.einsum("n,enlu->elu", weights[r, own] ** 2, centred**2) * correction
+            # The cluster-robust variance of a weighted mean (one example a topic: the usual one, with Bessel's correction).
+            topics = list(dict.fromkeys(told[i] for i in own))
+            member = np.array([[told[i] == topic for i in own] for topic in topics])
+            sums = np.einsum("kn,enlu->eklu", member * weights[r, own], centred)
+            variance[r] = (sums**2).sum(1) * len(topics) / max(len(topics) - 1, 1)
         arrays[f"{kind}.effect"] = mean.astype(np.float32)
         arrays[f"{kind}.stderr"] = np.sqrt(variance).astype(np.float32)
         arrays[f"{kind}.half"] = np.stack([np.einsum("rn,enlu->relu", half, values) for half in halves]).astype(np.float32)
