@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from mechmerge.cli import main as cli_main
+from mechmerge.cli.common import show
 from mechmerge.cli.main import COMMANDS, cli, main
 from mechmerge.errors import GateRefused, InputError, MechmergeError, MissingError
 
@@ -158,3 +159,17 @@ def test_a_missing_run_is_one_line_without_traceback() -> None:
 def test_every_command_stands_in_the_readme(name: str) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     assert re.search(rf"`(mechmerge )?{name}\b", readme), f"README.md does not mention {name}"
+
+
+def test_names_stand_whole_in_a_narrow_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user types again is not cut where sentences beside it can be folded."""
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [
+        {"component": f"L{i}.neuron.1229", "why": "harms what the others want on both halves of the prompts " * 2}
+        for i in (1, 11)
+    ]
+    show(rows, "table", "decided")
+    told = capsys.readouterr().out
+    assert all(row["component"] in told for row in rows)
+    assert "…" not in told
+    assert "".join(told.split()).count("halves") == 4
