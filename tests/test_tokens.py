@@ -1,4 +1,4 @@
-"""Losses on the tokens that an expert gained: the plain weighting, sums that still add up, and files that say so."""
+"""Losses on the tokens that are contested: the plain weighting, sums that still add up, and files that say so."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
 from tests.test_effects import SETTINGS, behavior, rows
 
-GAINED = SETTINGS.model_copy(update={"tokens": "gained"})
+CONTESTED = SETTINGS.model_copy(update={"tokens": "contested"})
 
 
 @pytest.fixture(scope="module")
 def measured(base: Model, expert: Model, second_expert: Model, tmp_path_factory: pytest.TempPathFactory) -> EffectFile:
     out = tmp_path_factory.mktemp("tokens") / "effects.safetensors"
-    measure_effects(base, {"a": expert, "b": second_expert}, rows(), out, GAINED)
+    measure_effects(base, {"a": expert, "b": second_expert}, rows(), out, CONTESTED)
     return read_effects(out)
 
 
@@ -36,8 +36,10 @@ def per_token(model: Model, prompt: list[int], answer: list[int]) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none").numpy()
 
 
-def test_a_loss_is_weighted_by_what_the_expert_gained(measured: EffectFile, base: Model, second_expert: Model) -> None:
-    """Anew with transformers alone, answer by answer."""
+def test_a_loss_is_weighted_by_what_is_contested(
+    measured: EffectFile, base: Model, expert: Model, second_expert: Model
+) -> None:
+    """Anew with transformers alone, answer by answer: the worse of the base and the other expert against its own."""
     record, tokenizer = measured.metadata.behaviors[1], load_tokenizer(base.path)
     template = chat_template_of(tokenizer, "model")
     texts = [render(tokenizer, pair.with_, template) for pair in behavior("three").pairs]
@@ -45,13 +47,13 @@ def test_a_loss_is_weighted_by_what_the_expert_gained(measured: EffectFile, base
     for text, said in zip(texts, generate(load_model(second_expert.path), tokenizer, texts, max_new_tokens=5), strict=True):
         prompt = tokenizer(text, add_special_tokens=False).input_ids
         answer = [*said.ids, *([] if said.end is None else [said.end])]
-        before, after = (per_token(model, prompt, answer) for model in (base, second_expert))
-        gained = np.maximum(before - after, 0)
-        start.append((before * gained).sum() / gained.sum())
-        end.append((after * gained).sum() / gained.sum())
+        before, other, after = (per_token(model, prompt, answer) for model in (base, expert, second_expert))
+        stake = np.maximum(np.maximum(before, other) - after, 0)
+        start.append((before * stake).sum() / stake.sum())
+        end.append((after * stake).sum() / stake.sum())
     assert record.loss_start == pytest.approx(np.mean(start), abs=1e-4)
     assert record.loss_expert == pytest.approx(np.mean(end), abs=1e-4)
-    assert measured.metadata.unit == "nats per answer token, each by what its expert gained"
+    assert measured.metadata.unit == "nats per answer token, each by how much it is contested"
 
 
 def test_effects_still_add_up(measured: EffectFile) -> None:
@@ -62,27 +64,35 @@ def test_effects_still_add_up(measured: EffectFile) -> None:
         assert record.completeness_error <= SETTINGS.tolerance
 
 
-def test_the_bases_own_answers_count_alike(base: Model, expert: Model, tmp_path: Path) -> None:
+def test_the_bases_own_answers_are_contested_by_experts(base: Model, expert: Model, tmp_path: Path) -> None:
     both = [BehaviorRow("first", (behavior("one"),), "a"), BehaviorRow("kept", (behavior("two"),), BASE)]
-    settings = RoundSettings(prompts=4, dtype="float32", batch=3, tokens="gained")
-    shares = Calibration(base, {"a": expert}, both, tmp_path / "units", settings).token_shares
+    settings = RoundSettings(prompts=4, dtype="float32", batch=3, tokens="contested")
+    known = Calibration(base, {"a": expert}, both, tmp_path / "units", settings)
+    shares = known.token_shares
     assert shares is not None
     assert all(share.sum() == pytest.approx(1, abs=1e-5) for share in shares)
-    assert any(np.ptp(share) > 0.01 for share in shares[:4])
-    assert all(share == pytest.approx(1 / len(share)) for share in shares[4:])
+    seen = set()
+    for example, share in zip(known.examples, shares, strict=True):
+        own, other = (expert, base) if example.row == 0 else (base, expert)
+        mine, theirs = (per_token(model, list(example.prompt), list(example.answer)) for model in (own, other))
+        stake = np.maximum(theirs - mine, 0)
+        expected = stake / stake.sum() if stake.sum() > 0 else np.full(len(share), 1 / len(share))
+        assert share == pytest.approx(expected, abs=2e-3)
+        seen.add((example.row, bool(stake.sum() > 0)))
+    assert {(0, True), (1, True)} <= seen
 
 
 def test_files_say_which_tokens_and_solutions_want_the_same(
     measured: EffectFile, base: Model, expert: Model, second_expert: Model, tmp_path: Path
 ) -> None:
     models = {"a": expert, "b": second_expert}
-    settings = RoundSettings(prompts=4, dtype="float32", batch=3, max_rounds=1, tokens="gained")
+    settings = RoundSettings(prompts=4, dtype="float32", batch=3, max_rounds=1, tokens="contested")
     file = settle(base, models, rows(), tmp_path / "r.safetensors", settings)
-    assert (file.metadata.tokens, measured.metadata.tokens) == ("gained", "gained")
+    assert (file.metadata.tokens, measured.metadata.tokens) == ("contested", "contested")
     assert file.metadata.behaviors[1].loss_base == pytest.approx(measured.metadata.behaviors[1].loss_start, abs=1e-4)
     other = SolveSettings(prompts=4, dtype="float32", batch=3, unproven=True)
-    with pytest.raises(InputError, match="effects on all tokens; found on those of gained; --tokens gained"):
+    with pytest.raises(InputError, match="effects on all tokens; found on those of contested; --tokens contested"):
         settle_solution(base, models, rows(), measured, tmp_path / "s.safetensors", other)
-    anchored = EffectSettings(prompts=4, metric="anchor", tokens="gained")
+    anchored = EffectSettings(prompts=4, metric="anchor", tokens="contested")
     with pytest.raises(InputError, match="states along anchors have no answers"):
         measure_effects(base, models, rows(), tmp_path / "e.safetensors", anchored)

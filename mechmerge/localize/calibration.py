@@ -324,21 +324,22 @@ class Calibration:
     def token_shares(self) -> list[Array] | None:
         """The share of every token in the loss of its answer, [tokens] float32 with the sum 1 each; None: all alike.
 
-        Where tokens are `gained`: in proportion to max(0, log p of the answer's expert − log p of the base), all alike where
-        the expert makes none likelier, as in the base's own answers. Most of an answer's tokens follow from those before
-        them under either model; a greedy answer takes the behaviour on or leaves it at the few that do not (ours; choosing
+        Where tokens are `contested`: in proportion to max(0, log p of the answer's own model − the least log p of the base and
+        the other experts), all alike where no token is. Most of an answer's tokens follow from those before them under any of
+        the models; a greedy answer of the merge keeps to its own expert or leaves it at the few that do not (ours; choosing
         tokens by the excess of one model's loss over another's is https://arxiv.org/abs/2404.07965).
         """
         if self.settings.tokens == "all":
             return None
-        base = self._token_losses(self.point(0.0), "the base")
-        own = {n: self._token_losses(self.point(1.0, n), n) for n in self.experts if any(row.expert == n for row in self.rows)}
+        told = {BASE: self._token_losses(self.point(0.0), "the base")}
+        told |= {name: self._token_losses(self.point(1.0, name), name) for name in self.experts}
         shares = []
         for i, example in enumerate(self.examples):
-            gained = np.maximum(base[i] - own.get(self.rows[example.row].expert, base)[i], 0)
-            shares.append(
-                (gained / gained.sum() if gained.sum() > 0 else np.full(gained.shape, 1 / gained.size)).astype(np.float32)
-            )
+            own = self.rows[example.row].expert
+            worst = np.max([losses[i] for name, losses in told.items() if name != own], axis=0)
+            stake = np.maximum(worst - told[own][i], 0)
+            share = stake / stake.sum() if stake.sum() > 0 else np.full(stake.shape, 1 / stake.size)
+            shares.append(share.astype(np.float32))
         return shares
 
     def _token_losses(self, point: Point, label: str) -> list[Array]:

@@ -35,9 +35,9 @@ MEASURED: dict[ScoreSource, str] = {"loss": "loss", "anchor": "recovery"}
 """What is shown of a behaviour at a point, by metric: a loss falls where a behaviour gains, a recovery rises."""
 
 
-Tokens = Literal["all", "gained"]
-"""Which tokens of an answer a loss is the mean over: `all` alike, or those that its expert `gained`, each by how much likelier
-the expert makes it than the base (localize/calibration.py).
+Tokens = Literal["all", "contested"]
+"""Which tokens of an answer a loss is the mean over: `all` alike, or those that are `contested`, each by how much less likely
+the worst of the base and the other experts makes it than the answer's own (localize/calibration.py).
 """
 Origin = Literal["base", "sum"]
 """Where the path of the effects starts: at the base, leading to the sum of all experts; or at the sum, leading to what a round
@@ -55,7 +55,7 @@ LEAST_MASKS = 100
 
 def unit_of(metric: ScoreSource, tokens: Tokens) -> str:
     """What effects and changes are counted in, in words."""
-    return UNITS[metric] + (", each by what its expert gained" if tokens == "gained" else "")
+    return UNITS[metric] + (", each by how much it is contested" if tokens == "contested" else "")
 
 
 class Line(Document):
