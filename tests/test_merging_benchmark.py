@@ -377,7 +377,7 @@ def test_rounds_are_charged_what_they_measure(base: Model, expert: Model, second
     cost, answers = cost_of_rounds(file.metadata, max_rounds=2), sum(b.answers for b in file.metadata.behaviors)
     assert answers == 8
     assert cost.nodes == seen.examples["effects"]
-    assert cost.points == seen.examples["loss"]
+    assert cost.points == seen.examples["loss"] + seen.examples["tokens"]
     assert cost.nodes == answers * NODES_A_ROUND * 2
     assert cost.forward == cost.nodes * 4 + cost.points
 
@@ -401,7 +401,7 @@ def test_a_round_in_which_nothing_agreed_is_charged(
     assert all(told.accepted for told in file.metadata.rounds)
     cost = cost_of_rounds(file.metadata, max_rounds=3)
     assert cost.nodes == seen.examples["effects"] == 8 * NODES_A_ROUND * last
-    assert cost.points == seen.examples["loss"]
+    assert cost.points == seen.examples["loss"] + seen.examples["tokens"]
 
 
 def test_a_round_that_was_taken_back_was_the_last() -> None:
@@ -434,7 +434,7 @@ def test_effects_are_charged_what_they_measure(
     file = measure_effects(base, {"a": expert, "b": second_expert}, small_rows(), tmp_path / "e.safetensors", settings, seen)
     cost = cost_of_effects(file.metadata)
     assert cost.nodes == seen.examples["effects"] == 8 * nodes
-    assert cost.points == seen.examples["loss"]
+    assert cost.points == seen.examples["loss"] + seen.examples["tokens"]
 
 
 def test_training_costs_as_much() -> None:

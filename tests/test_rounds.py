@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mechmerge.behaviors.schema import Behavior, Pair
 from mechmerge.errors import InputError, LocalizeError, SchemaError
 from mechmerge.localize.bench import Bench
-from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, CalibrationSettings, Example, Point
+from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, Example, Point
 from mechmerge.localize.proposal import NODES, agreed, drop, everything, per_nat, propose, switch, turned_over
 from mechmerge.localize.rounds import RoundSettings, _rounds, settle
 from mechmerge.localize.rounds_file import RoundsFile, read_rounds
@@ -46,8 +46,7 @@ def settled(base: Model, expert: Model, second_expert: Model, tmp_path_factory: 
 
 
 def calibration(base: Model, expert: Model, second: Model, folder: Path) -> Calibration:
-    settings = CalibrationSettings(prompts=8, dtype="float32", batch=8)
-    return Calibration(base, {"a": expert, "b": second}, rows(), folder / "units", settings)
+    return Calibration(base, {"a": expert, "b": second}, rows(), folder / "units", SETTINGS)
 
 
 def test_the_gain_never_falls_and_is_what_the_coefficients_give(

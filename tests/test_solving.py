@@ -84,7 +84,7 @@ def solved(
 
 
 def calibration(base: Model, expert: Model, second: Model, folder: Path) -> Calibration:
-    return Calibration(base, {"a": expert, "b": second}, rows(), folder / "units", RoundSettings(**COMMON))
+    return Calibration(base, {"a": expert, "b": second}, rows(), folder / "units", SolveSettings(**COMMON))
 
 
 # --------------------------------------------------------------------------------------------------------------- protection
@@ -178,7 +178,7 @@ def test_as_many_masks_as_are_asked_for(
 ) -> None:
     """A file is called linear only over a hundred masks, which every number of experts and behaviours can have."""
     models = {"a": expert, "b": second_expert} if experts == 2 else {"a": expert}
-    measured = Calibration(base, models, rows()[:experts], tmp_path / "units", RoundSettings(**COMMON))
+    measured = Calibration(base, models, rows()[:experts], tmp_path / "units", SolveSettings(**COMMON))
     start = everything(measured)
     values = {kind: np.random.default_rng(0).normal(size=(experts, len(measured.examples), *array.shape[1:]))
               for kind, array in (start.units or {}).items()}  # fmt: skip

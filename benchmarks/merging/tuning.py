@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mechmerge.artifacts import atomic_folder
-from mechmerge.localize.effect_file import PATHS, EffectMetadata
+from mechmerge.localize.effect_file import PATHS, EffectMetadata, Tokens
 from mechmerge.localize.effects import FIRST_INTERVALS
 from mechmerge.localize.rounds_file import RoundsMetadata
 from mechmerge.models.adapters import copy_side_files
@@ -69,7 +69,7 @@ def cost_of_effects(metadata: EffectMetadata) -> Cost:
     halved = max(0, intervals - (len(FIRST_INTERVALS) - 1)) if from_base else 0
     nodes = len(metadata.nodes) + (2 * halved if from_base else 1)
     # From the sum losses are told at both ends of the path and at the base; from the base, at the ends of each interval.
-    points = (intervals + 1 if from_base else 3) + experts
+    points = (intervals + 1 if from_base else 3) + experts + _weighing(metadata.tokens, experts)
     return Cost(nodes * examples, points * examples, experts)
 
 
@@ -86,7 +86,13 @@ def cost_of_rounds(metadata: RoundsMetadata, max_rounds: int) -> Cost:
     examples, experts, rounds = sum(b.answers for b in metadata.behaviors), len(metadata.experts), len(metadata.rounds)
     untold = rounds < max_rounds and all(told.accepted for told in metadata.rounds)
     nodes = (rounds + untold) * NODES_A_ROUND
-    return Cost(nodes * examples, (2 + experts + rounds) * examples, experts)
+    points = 2 + experts + rounds + _weighing(metadata.tokens, experts)
+    return Cost(nodes * examples, points * examples, experts)
+
+
+def _weighing(tokens: Tokens, experts: int) -> int:
+    """Losses of every token, at the base and at each expert, that say which are contested."""
+    return 1 + experts if tokens == "contested" else 0
 
 
 def steps_of(cost: Cost, batch: int = BATCH) -> int:

@@ -82,8 +82,9 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Examples a forward pass."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True),
         click.option(
-            "--tokens", type=click.Choice(["all", "contested"]), default="all", show_default=True,
-            help="Tokens of an answer that its loss is the mean over: all alike, or by how much the other models contest them.",
+            "--tokens", type=click.Choice(["all", "contested"]),
+            help="Tokens of an answer that its loss is the mean over: all alike (so do effects), or by how much the other "
+            "models contest them (so do rounds).",
         ),
         click.option("--seed", type=int, default=0, show_default=True),
     )  # fmt: skip

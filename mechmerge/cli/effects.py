@@ -88,6 +88,8 @@ def command(
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
+    if options["tokens"] is None:
+        del options["tokens"]
     settings = EffectSettings(on_invalid=options.pop("invalid_anchor"), check=options.pop("check") or 0, **options)
     model = resolve(base, progress=progress)
     note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)

@@ -114,6 +114,9 @@ def command(
     models = open_experts(experts, progress)
     if max_rounds is not None:
         options["max_rounds"] = max_rounds
+    if options["tokens"] is None:
+        del options["tokens"]  # as rounds do, or as the effect file does
+    given_tokens = "tokens" in options
     settings, model = RoundSettings(**options), resolve(base, progress=progress)
     note_differences(model.path, {name: expert.path for name, expert in models.items()}, progress)
     if only_plan:
@@ -123,9 +126,12 @@ def command(
         if effects is None:
             file = settle(model, models, rows, out, settings, progress)
         else:
-            common = settings.model_dump(exclude={"max_rounds"})
+            measured = read_effects(effects)
+            common = settings.model_dump(exclude={"max_rounds"}) | (
+                {} if given_tokens else {"tokens": measured.metadata.tokens}
+            )
             asked = SolveSettings(**common, **told)
-            file = settle_solution(model, models, rows, read_effects(effects), out, asked, progress)
+            file = settle_solution(model, models, rows, measured, out, asked, progress)
     show(
         [
             {

@@ -182,6 +182,7 @@ class EffectOptions(Protocol):
     dtype: Any
     device: str
     memory: int | None
+    tokens: Any
 
 
 def plan_effects(
@@ -217,6 +218,7 @@ def plan_effects(
     if getattr(settings, "origin", "base") == "sum":
         nodes = SHORT_NODES
     losses = nodes // 2 + 1 + len({expert for expert, _ in rows}) + getattr(settings, "check", 0)
+    losses += 1 + experts if settings.tokens == "contested" else 0
     batches = -(-len(lengths) // settings.batch)
     point = 1 + e
     steps = [

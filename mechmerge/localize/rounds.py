@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, Field
 
 from mechmerge.artifacts import lock
 from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings, Point
+from mechmerge.localize.effect_file import Tokens
 from mechmerge.localize.proposal import (
     Units,
     agreed,
@@ -59,6 +60,10 @@ class LossSettings(CalibrationSettings):
 class RoundSettings(LossSettings):
     """Settings of the rounds stage."""
 
+    tokens: Tokens = "contested"
+    """Which tokens of an answer its loss is the mean over. A round changes a fifth of all components, and the mean over all
+    tokens hides the few at which an answer is won or lost (benchmarks/log.md, 2026-11-28).
+    """
     max_rounds: int = Field(default=4, ge=1, le=4)
     """Most rounds."""
 

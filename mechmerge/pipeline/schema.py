@@ -91,7 +91,7 @@ class RoundsPlan(Document):
     metric: Annotated[Literal["loss"], BeforeValidator(loss_of_rounds)] = "loss"
     prompts: int = Field(default=48, ge=4)
     max_rounds: int = Field(default=4, ge=1, le=4)
-    tokens: Tokens = "all"
+    tokens: Tokens = "contested"
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
