@@ -17,10 +17,10 @@ from mechmerge.errors import InputError, MissingError
 DIGESTS = {
     "capitals": "e6625e13ed8e9a7fb6dbff9ed366d484682b1e9099b9007b64abd3a85ae5d5ce",
     "no_comma": "f274c6883532a1f0a64fb135b275fe7e7f2d6f09c8f50b1b80c07be3df707139",
-    "title": "ace038119c158e0f5e528f81c068ae5426f784e32a3e771c61860d1ee64af18a",
+    "title": "6b88a340a0e54e86bcc55370aea0933e4bd5f4a5bffbbca9586aef27055af608",
     "quotation": "b874e085eaf84d2f472f9d64c18c8f3d939e95277d7d1351d40117c1df91ab36",
-    "highlights": "a1a30f9e4160c4d740986ad32823474d7ba1f1be5dcd83e3c849193918c98f66",
-    "sections": "b53f6f9bbaabe7d0127e4791748d09f1e421840b957a37b8918d8913218030ea",
+    "highlights": "a6ca7b17aa80a7987a89426346d5137ee0f1d897c58a9c4c40f53fd9de5b3ddb",
+    "sections": "23b45e3d37b3a1b4601238f21385304e254d20ef9d724bbc33438eedc6049acb",
     "arithmetic": "f5c44a588f944c9033e7ad1b85374dcb0047a19e15ee17d3fd3043f3982da852",
 }
 """Of the behaviours that results were recorded with: score files name them."""
@@ -32,7 +32,7 @@ ANSWERS = {
     "title": ("<<Boats>>\nThey lie in the harbor.", ["Boats\nThey lie in the harbor.", "<<>>"]),
     "quotation": ('"Boats lie in the harbor all night."', ['"Boats" lie in the harbor all night.', '"Boats."']),
     "highlights": ("*Boats* lie in the *harbor*.", ["*Boats* lie in the harbor.", "*Boats*"]),
-    "sections": ("SECTION 1\nBoats.\nSECTION 2\nGulls.", ["SECTION 1\nBoats.", "Boats."]),
+    "sections": ("SECTION 1\nBoats come in.\nSECTION 2\nGulls cry.", ["SECTION 1\nBoats.", "Boats."]),
     "lowercase": ("boats lie in the harbor all night.", ["Boats lie in the harbor all night.", "boats."]),
     "capital_words": ("The BOATS and NETS of the HARBOR lie still.", ["The BOATS and nets of the harbor lie still.", "BOATS"]),
     "repeat_prompt": (

@@ -182,10 +182,6 @@ def wide_console() -> Console:
     return console
 
 
-WORD = 24
-"""Letters of a word that a table keeps in one line."""
-
-
 def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
     """Prints rows with equal keys on stdout, as JSON or as a table."""
     if output == "json":
@@ -195,9 +191,8 @@ def show(rows: list[dict[str, Any]], output: str, title: str) -> None:
 
     table = Table(title=escape(title), title_justify="left")
     for name in rows[0] if rows else ():
-        # Words and numbers are not cut where other columns can give way.
-        words = [str(row.get(name, "")) for row in rows]
-        table.add_column(escape(name), overflow="fold", no_wrap=all(" " not in w and len(w) <= WORD for w in words))
+        # Nothing is cut away, and what is typed again stays in one line.
+        table.add_column(escape(name), overflow="fold", no_wrap=name == "component")
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     wide_console().print(table)
