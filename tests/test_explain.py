@@ -18,7 +18,7 @@ from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
-from mechmerge.recipe import conflicts, explain
+from mechmerge.recipe import conflicts, differences, explain, one_component
 from mechmerge.recipe.compile import OF_BASELINES, compile_recipe, expected_change
 from mechmerge.recipe.explain import shares
 from mechmerge.recipe.policies import top, weighted
@@ -120,16 +120,16 @@ def test_rules_are_named(tmp_path: Path) -> None:
     masks: Masks = {"second.head": np.ones((LAYERS, 4), np.float32)}
     shapes = {kind: (LAYERS, UNITS[kind]) for kind in UNIT_KINDS}
     found = explain.resolved(made, masks, shapes)
-    first, second = explain.component_rows(made, masks, found, "L1.head.2")
+    first, second = one_component.component_rows(made, masks, found, "L1.head.2")
     assert (first["coefficient"], first["decided by"]) == (0.5, "rule L1.head.2 = 0.5")
     assert (second["coefficient"], second["decided by"]) == (1.0, "mask second.head")
-    assert explain.component_rows(made, masks, found, "L1.head.1")[0]["decided by"] == "rule L1 = 0.25"
+    assert one_component.component_rows(made, masks, found, "L1.head.1")[0]["decided by"] == "rule L1 = 0.25"
     # A module's units are decided by themselves; where no rule reaches, the default does.
     decided = {
-        name: explain.component_rows(made, masks, found, name)[0]["decided by"] for name in ("L1.attention", "L2.head.2")
+        name: one_component.component_rows(made, masks, found, name)[0]["decided by"] for name in ("L1.attention", "L2.head.2")
     }
     assert decided == {"L1.attention": "rule L1 = 0.25, rule L1.head.2 = 0.5", "L2.head.2": "default 1"}
-    assert explain.component_rows(made, masks, found, "L2.mlp")[1]["decided by"] == "rule L*.mlp = 0.75"
+    assert one_component.component_rows(made, masks, found, "L2.mlp")[1]["decided by"] == "rule L*.mlp = 0.75"
     write_recipe(tmp_path / "rules.yaml", made)
     with pytest.raises(MissingError, match="--effects"):
         explain.resolved(made, {}, {})
@@ -232,7 +232,7 @@ def test_other_effects_of_the_same_models_are_told_of(folder: Path) -> None:
     counts = conflicts.counts_of(made, sources.effects)
     assert not isinstance(counts, str)
     found = explain.resolved(made, masks, explain.mask_shapes(masks))
-    by_expert = {r["expert"]: r for r in explain.weighted_rows(made, found, sources.effects, counts, "L1.head.2")}
+    by_expert = {r["expert"]: r for r in one_component.weighted_rows(made, found, sources.effects, counts, "L1.head.2")}
     assert by_expert["first"]["on formats"] == pytest.approx(again.arrays["head.effect"][0, 1, 1, 2] / 2, rel=5e-3)
     assert read_again(made, masks, folder / "effects.safetensors")[1] == ()
 
@@ -381,7 +381,7 @@ def test_the_decision_on_a_component_can_be_made_again(parameters: dict[str, Any
         ("kv", 0, 1),
         *(("neuron", layer, unit) for layer in range(3) for unit in range(48)),
     ]:
-        rows = explain.weighted_rows(recipe, found, effects, counts, f"L{layer}.{kind}.{unit}")
+        rows = one_component.weighted_rows(recipe, found, effects, counts, f"L{layer}.{kind}.{unit}")
         for e, (row, expert) in enumerate(zip(rows, recipe.experts, strict=True)):
             harms = row["sum"] < 0 if "agreement" in parameters else row["half 1"] < 0 and row["half 2"] < 0
             kept = compiled.masks[f"{expert}.{kind}"][layer, unit]
@@ -395,9 +395,9 @@ def test_the_decision_on_a_component_can_be_made_again(parameters: dict[str, Any
             decided.add(row["decided"].split(": ")[1])
     where = "all prompts" if "agreement" in parameters else "both halves"
     assert decided == {f"< 0 on {where}", f"≥ 0 on {where}"} | (set() if "agreement" in parameters else {"< 0 on one half"})
-    rest = explain.weighted_rows(recipe, found, effects, counts, "embed")[0]
+    rest = one_component.weighted_rows(recipe, found, effects, counts, "embed")[0]
     assert rest["decided"] == "at 1: not decided on"
-    layer = explain.weighted_rows(recipe, found, effects, counts, "L1")[0]
+    layer = one_component.weighted_rows(recipe, found, effects, counts, "L1")[0]
     inside = sum(int((compiled.masks[f"first.{kind}"][1] != 0).sum()) for kind in UNIT_KINDS)
     assert layer["decided"] == f"{inside} of 54 parts in, each decided by itself"
 
@@ -409,7 +409,7 @@ def test_a_decision_that_the_effects_do_not_explain_is_told() -> None:
     found = explain.resolved(compiled.recipe, masks, explain.mask_shapes(masks))
     counts = conflicts.counts_of(compiled.recipe, effect_file())
     assert not isinstance(counts, str)
-    rows = explain.weighted_rows(compiled.recipe, found, effect_file(), counts, "L1.head.2")
+    rows = one_component.weighted_rows(compiled.recipe, found, effect_file(), counts, "L1.head.2")
     assert [row["decided"] for row in rows] == [
         "in: < 0 on both halves, so not by these effects", "out: ≥ 0 on both halves, so not by these effects",
     ]  # fmt: skip
@@ -641,15 +641,15 @@ def test_differences_are_counted(folder: Path) -> None:
 )
 def test_every_setting_that_differs_is_named(change: dict[str, Any], field: str) -> None:
     one: Recipe = by_hand(("L1", "first", 0.5))
-    assert explain.differing_fields(one, one) == []
-    assert [row["field"] for row in explain.differing_fields(one, one.model_copy(update=change))] == [field]
+    assert differences.differing_fields(one, one) == []
+    assert [row["field"] for row in differences.differing_fields(one, one.model_copy(update=change))] == [field]
 
 
 def test_recipes_of_other_sizes_cannot_be_compared() -> None:
     shapes = {kind: (LAYERS, UNITS[kind]) for kind in UNIT_KINDS}
     one, other = (explain.resolved(by_hand(), {}, s) for s in (shapes, shapes | {"neuron": (LAYERS, 7)}))
     with pytest.raises(InputError, match=r"first.neuron: expected \[3, 48\]"):
-        explain.difference_rows({"first": (one, other)})
+        differences.difference_rows({"first": (one, other)})
 
 
 def test_other_sizes_are_told_beside_what_differs(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ BUDGETS = (0.1, 0.25, 0.5)
 """Shares of each expert's head, KV and neuron parameters."""
 SHUFFLES = 5
 TELLING = ("rounds", "conflict")
-"""The policies of the telling wave, the headline policy first. It was fixed before any run of this benchmark; but the demo has
-answered the test prompts with both, with the experts of `conflict`, seed 0 (benchmarks/results/demo-2026-11-22.json).
+"""The policies of the telling wave, the headline policy first. It was named before any run of this benchmark; but the demo has
+answered the test prompts with both, with the experts of `conflict`, seed 0 (benchmarks/results/demo-2026-11-22.json), and the
+tokens that its loss weighs were chosen on the develop split of that seed, after a run of it (benchmarks/log.md, 2026-11-28).
 """
 HEADLINE = TELLING[0]
 MEASURED: dict[str, Measured] = {

@@ -20,14 +20,8 @@ def diff(one: str, other: str, output: str) -> None:
     """
     from mechmerge.models.components import UNIT_KINDS
     from mechmerge.models.hub_files import local_file
-    from mechmerge.recipe.explain import (
-        difference_rows,
-        differing_fields,
-        differing_sizes,
-        mask_shapes,
-        predicted_difference,
-        resolved,
-    )
+    from mechmerge.recipe.differences import difference_rows, differing_fields, differing_sizes, predicted_difference
+    from mechmerge.recipe.explain import mask_shapes, resolved
     from mechmerge.recipe.schema import read_recipe
 
     progress = make_progress(quiet=False)
@@ -104,16 +98,8 @@ def of_component(
 ) -> dict[str, list[dict[str, Any]]]:
     """The tables of one component, by title."""
     from mechmerge.recipe.conflicts import counts_of, effect_shapes, weight_rows
-    from mechmerge.recipe.explain import (
-        component_effects,
-        component_rows,
-        mask_shapes,
-        plain_architecture,
-        resolved,
-        score_rows,
-        undecided_rows,
-        weighted_rows,
-    )
+    from mechmerge.recipe.explain import mask_shapes, plain_architecture, resolved, undecided_rows
+    from mechmerge.recipe.one_component import component_effects, component_rows, score_rows, weighted_rows
 
     shapes = effect_shapes(effects) | mask_shapes(masks)
     found = resolved(recipe, masks, shapes)
