@@ -72,7 +72,7 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
     base = resolve("demo:smollm2-135m-instruct")
     experts = {name: resolve(f"demo:smollm2-135m-instruct+{DEMO / name}") for name in NAMES}
     rows = [BehaviorRow(name, load_group(name), name) for name in NAMES]
-    settings = RoundSettings(prompts=36 if quick else 48)
+    settings = RoundSettings(prompts=36 if quick else 48, tokens="all")  # as effect files, which `solve` goes by
     calibration = Calibration(base, experts, rows, folder / "units", settings, LineProgress())
     weights = calibration.weights()
     losses = {name: weights @ calibration.losses(calibration.point(1.0, name), name) for name in NAMES}

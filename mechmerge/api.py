@@ -244,7 +244,7 @@ def rounds(
     rows = _rows(behaviors, weights, protect)
     models, start = _resolved(experts, progress), resolve(base, progress=progress)
     if isinstance(settings, SolveSettings) or solve is not None:
-        solved = settings if isinstance(settings, SolveSettings) else SolveSettings()
+        solved = settings if isinstance(settings, SolveSettings) else None
         return settle_solution(start, models, rows, read_effects(Path(str(solve))), Path(out), solved, progress)
     return settle(start, models, rows, Path(out), settings, progress)
 

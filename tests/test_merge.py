@@ -491,7 +491,9 @@ def test_verification_sees_what_is_wrong(base: Model, expert: Model, tmp_path: P
     assert "context = 512" in damaged("context", files=other_context)
 
 
-def test_what_is_there_already_is_verified_too(base: Model, expert: Model, tmp_path: Path) -> None:
+def test_what_is_there_already_is_verified_too(
+    base: Model, expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OUT may have been written without verification, by another engine, or have been damaged since."""
     file = written(tmp_path, base, {"e": expert}, random_masks(base, {"e": expert}))
     out = tmp_path / "out"
@@ -503,6 +505,11 @@ def test_what_is_there_already_is_verified_too(base: Model, expert: Model, tmp_p
     with pytest.raises(InputError, match=r"the model of this very recipe; found .*up_proj.*; remove it, or name another"):
         merge(file, out)
     assert out.exists(), "it may be somebody's"
+    with monkeypatch.context() as patch:
+        fault = CheckpointError("a parent", expected="finite weights", found="NaN")
+        patch.setattr("mechmerge.merge.engine.verify", lambda *a, **k: (_ for _ in ()).throw(fault))
+        with pytest.raises(CheckpointError, match="a parent"):
+            merge(file, out)  # the fault is the parent's, not OUT's
     whole = tmp_path / "whole"
     merge(written(whole, base, {"e": expert}), whole / "out", engine="mergekit")
     merge(whole / "recipe.yaml", whole / "out", engine="mergekit")

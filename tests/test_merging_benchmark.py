@@ -38,7 +38,7 @@ from mechmerge.errors import InputError
 from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.statistics import retained
 from mechmerge.localize import rounds, rounds_file
-from mechmerge.localize.calibration import BehaviorRow, Calibration, CalibrationSettings
+from mechmerge.localize.calibration import BehaviorRow, Calibration
 from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.effects import EffectSettings, measure_effects
 from mechmerge.localize.rounds import RoundSettings, settle
@@ -456,10 +456,15 @@ SAMPLES = [Sample([5, 6, 7], [8, 9, 10], 1.5), Sample([11, 12], [13], 0.5), Samp
 def test_the_loss_that_is_trained_is_the_one_that_rounds_lower(
     base: Model, expert: Model, second_expert: Model, tmp_path: Path
 ) -> None:
-    settings = CalibrationSettings(prompts=4, dtype="float32")
+    settings = RoundSettings(prompts=4, dtype="float32")
     calibration = Calibration(base, {"a": expert, "b": second_expert}, small_rows(), tmp_path / "units", settings)
     told = calibration.losses(calibration.point(0.0), "the base")
-    samples = [Sample(e.prompt, e.answer, 1.0 + i) for i, e in enumerate(calibration.examples)]
+    shares = calibration.token_shares
+    assert shares is not None, "rounds weigh tokens, and so does what they are compared with"
+    samples = [
+        Sample(e.prompt, e.answer, 1.0 + i, s.tolist())
+        for i, (e, s) in enumerate(zip(calibration.examples, shares, strict=True))
+    ]
     model = load_model(base.path)
     with torch.no_grad():
         loss = float(weighted_loss(model, samples, pad=0))

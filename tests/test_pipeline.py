@@ -210,6 +210,7 @@ def test_two_runs_on_one_folder_are_refused(finished: Path, pipeline: Path) -> N
         ({"behaviors": {}}, "behaviors"),
         ({"recipes": {"c": {"policy": "conflict", "seeds": 5}}, "publish": "c"}, "`seeds` belongs to"),
         ({"recipes": {"s": {"policy": "solve"}}, "publish": "s"}, "needs effects.check"),
+        ({"recipes": {"s": {"policy": "solve"}}, "publish": "s", "effects": {"check": 99}}, "needs effects.check: 100"),
         ({"recipes": {"t": {"policy": "della", "within": "x"}}, "publish": "t"}, "`within` belongs to"),
         ({"recipes": {"t": {"policy": "ties", "within": "later"}}, "publish": "t"}, "'later' is not an earlier recipe"),
         ({"protect": {"loud": {}}}, "taken by a behaviour"),

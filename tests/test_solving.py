@@ -183,8 +183,7 @@ def test_as_many_masks_as_are_asked_for(
     values = {kind: np.random.default_rng(0).normal(size=(experts, len(measured.examples), *array.shape[1:]))
               for kind, array in (start.units or {}).items()}  # fmt: skip
     masks = masks_of(measured, values, np.ones(experts), start, number)
-    assert len(masks) == number if number < 100 and (experts == 2 or number < 30) else len(masks) >= number
-    assert len(masks) <= 2 * number
+    assert len(masks) == number
     for kind in UNIT_KINDS:
         assert any((mask.units or {})[kind].min() == 0 for mask in masks) or number < 100
 

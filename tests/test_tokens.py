@@ -18,6 +18,7 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.localize.solving import SolveSettings, settle_solution
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model
+from mechmerge.progress import NullProgress
 from tests.test_effects import SETTINGS, behavior, rows
 
 CONTESTED = SETTINGS.model_copy(update={"tokens": "contested"})
@@ -95,8 +96,51 @@ def test_files_say_which_tokens_and_solutions_want_the_same(
     assert (file.metadata.tokens, measured.metadata.tokens) == ("contested", "contested")
     assert file.metadata.behaviors[1].loss_base == pytest.approx(measured.metadata.behaviors[1].loss_start, abs=1e-4)
     other = SolveSettings(prompts=4, dtype="float32", batch=3, unproven=True)
-    with pytest.raises(InputError, match="effects on all tokens; found on those of contested; --tokens contested"):
+    with pytest.raises(InputError, match="losses over all tokens; found over contested; ask for tokens contested"):
         settle_solution(base, models, rows(), measured, tmp_path / "s.safetensors", other)
     anchored = EffectSettings(prompts=4, metric="anchor", tokens="contested")
     with pytest.raises(InputError, match="states along anchors have no answers"):
         measure_effects(base, models, rows(), tmp_path / "e.safetensors", anchored)
+
+
+class Flat(NullProgress):
+    """Refuses a step within a step."""
+
+    def __init__(self) -> None:
+        self.open, self.labels = False, list[str]()
+
+    def start(self, label: str, total: int) -> None:
+        assert not self.open, f"{label} within {self.labels[-1]}"
+        self.open = True
+        self.labels.append(label)
+
+    def end(self) -> None:
+        self.open = False
+
+
+def test_steps_of_progress_do_not_nest(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
+    seen = Flat()
+    settings = RoundSettings(prompts=4, dtype="float32", batch=3, max_rounds=1)
+    settle(base, {"a": expert, "b": second_expert}, rows(), tmp_path / "r.safetensors", settings, seen)
+    assert settings.tokens == "contested"
+    tokens = [label for label in seen.labels if label.startswith("tokens")]
+    assert len(tokens) == 3, "each model's tokens once"
+
+
+def test_solutions_follow_the_effect_file(
+    measured: EffectFile, base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python too, where no settings are given."""
+    from mechmerge.localize import solving
+
+    asked: list[str] = []
+
+    def stop(_calibration: Calibration, _effects: EffectFile, settings: SolveSettings) -> None:
+        asked.append(settings.tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solving, "_solutions", stop)
+    monkeypatch.setattr(solving, "check_proven", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        settle_solution(base, {"a": expert, "b": second_expert}, rows(), measured, tmp_path / "s.safetensors")
+    assert asked == ["contested"]

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from mechmerge.artifacts import read_document
 from mechmerge.cli.main import cli
-from mechmerge.errors import InputError
+from mechmerge.errors import CheckpointError, InputError
 from mechmerge.evaluate.gate import Gate, Rule
 from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.evaluate.run import evaluate
@@ -492,3 +492,24 @@ def test_the_command(tuned: tuple[Path, Tuning], pipeline: Path) -> None:
     assert "all trials were made" in table
     entry = yaml.safe_load(table[table.index("tuned:") :])
     assert entry["tuned"] == {"policy": "conflict", "parameters": found.chosen.parameters}
+
+
+# ---------------------------------------------------------------------------------------------------------------- endings
+def test_a_trial_that_cannot_be_asked_is_refused_and_the_search_goes_on(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits that are not finite are that merge's own affair; a parent that cannot be read is everybody's."""
+    examine, faults = Examiner.examine, [InputError("merge", expected="finite logits", found="nan")]
+
+    def faulty(self: Examiner, name: str, *given: Any, **options: Any) -> Any:
+        if name == "trial-1":
+            raise faults[0]
+        return examine(self, name, *given, **options)
+
+    monkeypatch.setattr(Examiner, "examine", faulty)
+    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=3, limit=4, patience=9))
+    assert [trial.state == "refused" for trial in found.trials] == [False, True, False]
+    assert found.trials[1].problem == "merge: expected finite logits; found nan"
+    faults[0] = CheckpointError("parent", expected="finite weights", found="NaN")
+    with pytest.raises(CheckpointError, match="parent"):
+        tune(pipeline, tmp_path / "other", TuneSettings(trials=3, limit=4, patience=9))

@@ -414,14 +414,16 @@ class Study:
         return best_of({name: self.retained(name, "develop") for name in names}, "mean")
 
     def samples(self) -> list[Sample]:
-        """The experts' verified answers to the calibration prompts, weighted as rounds weigh them."""
+        """The experts' verified answers to the calibration prompts, weighted as rounds weigh them and their tokens."""
         settings = RoundSettings(prompts=self.sizes.prompts)
         calibration = Calibration(self.base, self.experts, self.rows(), self.folder / ".answers.units", settings, self.progress)
         gains = {b.name: b.weight / (b.loss_base - b.loss_expert) for b in read_rounds(self.rounds()).metadata.behaviors}
         examples, shares = calibration.examples, calibration.weights()
         weights = [gains[calibration.rows[e.row].name] * float(shares[e.row, i]) for i, e in enumerate(examples)]
         mean = sum(weights) / len(weights)
-        return [Sample(e.prompt, e.answer, w / mean) for e, w in zip(examples, weights, strict=True)]
+        told = calibration.token_shares
+        tokens = [None] * len(examples) if told is None else [share.tolist() for share in told]
+        return [Sample(e.prompt, e.answer, w / mean, t) for e, w, t in zip(examples, weights, tokens, strict=True)]
 
     def equal_information(self) -> None:
         """Fine-tunes the sum with every step size, evaluates on develop, and the best of them on test."""

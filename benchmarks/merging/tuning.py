@@ -54,7 +54,9 @@ class Sample(NamedTuple):
     prompt: Sequence[int]
     answer: Sequence[int]
     weight: float
-    """Of its mean loss per token; the weights of all samples have the mean 1."""
+    """Of its loss; the weights of all samples have the mean 1."""
+    shares: Sequence[float] | None = None
+    """Of every token of the answer in its loss, with the sum 1; all alike when None."""
 
 
 def cost_of_effects(metadata: EffectMetadata) -> Cost:
@@ -164,21 +166,23 @@ def tune(
 
 
 def weighted_loss(model: Any, samples: Sequence[Sample], pad: int) -> torch.Tensor:
-    """Mean of the samples' losses, nats per answer token, each times its weight."""
+    """Mean of the samples' losses, nats per answer token (by its shares), each times its weight."""
     width = max(len(s.prompt) + len(s.answer) for s in samples)
     ids = torch.full((len(samples), width), pad)
     labels = torch.full((len(samples), width), -100)
+    shares = torch.zeros((len(samples), width))
     mask = torch.zeros((len(samples), width), dtype=torch.long)
     for i, sample in enumerate(samples):
         start, end = len(sample.prompt), len(sample.prompt) + len(sample.answer)
         ids[i, :end] = torch.tensor([*sample.prompt, *sample.answer])
         labels[i, start:end] = torch.tensor(sample.answer)
+        shares[i, start:end] = 1 / len(sample.answer) if sample.shares is None else torch.tensor(list(sample.shares))
         mask[i, :end] = 1
     logits = model(ids, attention_mask=mask).logits[:, :-1]
     told = labels[:, 1:]
     per_token = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), told.flatten(), reduction="none", ignore_index=-100
     ).view(told.shape)
-    each = per_token.sum(1) / (told >= 0).sum(1)
+    each = (per_token * shares[:, 1:]).sum(1)
     weights = torch.tensor([sample.weight for sample in samples])
     return (each * weights).mean()

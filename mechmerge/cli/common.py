@@ -84,7 +84,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--tokens", type=click.Choice(["all", "contested"]),
             help="Tokens of an answer that its loss is the mean over: all alike (so do effects), or by how much the other "
-            "models contest them (so do rounds).",
+            "models contest them (so do rounds; --solve: as the effects).",
         ),
         click.option("--seed", type=int, default=0, show_default=True),
     )  # fmt: skip

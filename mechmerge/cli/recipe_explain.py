@@ -140,11 +140,11 @@ def summary(
         scores: the score files that it was made from, by expert.
         strongest: how many conflicts are named; None: all.
     """
-    from mechmerge.localize.effect_file import UNITS
     from mechmerge.models.components import UNIT_KINDS
     from mechmerge.recipe.conflicts import effect_shapes
     from mechmerge.recipe.explain import (
         contested_rows,
+        counted_in,
         depth_rows,
         expected_rows,
         has_coefficients,
@@ -186,7 +186,9 @@ def summary(
     if (expected := predicted_by(recipe, found, effects)) is not None:
         change, metric = expected
         gains = own_gains(recipe, metric, effects, rounds)
-        tables[f"against the base, {UNITS[metric]}"] = expected_rows(recipe, change, metric, gains, effects)
+        tables[f"against the base, {counted_in(recipe, metric, effects)}"] = expected_rows(
+            recipe, change, metric, gains, effects
+        )
     if unknown := unexpected_rows(recipe, effects, rounds) + undecided_rows(recipe, effects, rounds, scores):
         tables["not known"] = unknown
     return tables

@@ -153,7 +153,7 @@ def mean_low(values: Array, topics: Sequence[str] | None, seed: int, resamples: 
     return float(np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), 0.025))
 
 
-def standard_error(values: Array, topics: Sequence[str] | None) -> Array:
+def standard_error(values: Array, topics: Sequence[str] | None, weights: Array | None = None) -> Array:
     """Standard error of the mean over prompts, whose topics are what is independent.
 
     Where topics are shared: √(k/(k − 1) · Σ over the k topics of (Σ of their prompts' deviations from the mean)²) / n, the
@@ -162,6 +162,7 @@ def standard_error(values: Array, topics: Sequence[str] | None) -> Array:
     Args:
         values: of each prompt, [n, ...].
         topics: the topic of each; each prompt is its own where None.
+        weights: of the prompts in the mean, [n], with the sum 1; all alike when None.
 
     Returns:
         [...]; NaN from one topic, which says nothing of others.
@@ -170,11 +171,12 @@ def standard_error(values: Array, topics: Sequence[str] | None) -> Array:
     drawn = int(topic.max()) + 1
     if drawn == 1:
         return np.full(values.shape[1:], np.nan)
-    if drawn == n:
+    if weights is None and drawn == n:
         return np.asarray(values.std(0, ddof=1) / np.sqrt(n))
-    sums = np.zeros((drawn, *values.shape[1:]))
-    np.add.at(sums, topic, values - values.mean(0, dtype=np.float64))
-    return np.asarray(np.sqrt(drawn / (drawn - 1) * (sums**2).sum(0)) / n)
+    shares = np.full(n, 1 / n) if weights is None else weights
+    member = (topic == np.arange(drawn)[:, None]) * shares
+    sums = np.tensordot(member, values - np.tensordot(shares, values, 1), 1)
+    return np.asarray(np.sqrt(drawn / (drawn - 1) * (sums**2).sum(0)))
 
 
 def _numbered(topics: Sequence[str] | None, n: int) -> Array:

@@ -299,7 +299,7 @@ class Calibration:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def passes(self) -> list[Passes]:
-        """What is run at a point: every example once, in batches that stop where its value is read. It may move the weights."""
+        """What is run at a point: every example once, in batches that stop where its value is read."""
         batches, encoded = self._encoded()
         shares: list[torch.Tensor | None] = [None] * len(batches)
         if self.token_shares is not None:
@@ -407,16 +407,16 @@ class Calibration:
         """Value of every example at a point, float64 [n]: what falls where its behaviour gains, in the metric's unit."""
 
         def compute() -> dict[str, Array]:
-            parts = self.passes()
             self._move(point)
             values = np.zeros(len(self.examples))
             with torch.no_grad():
-                for part in parts:
+                for part in self.passes():
                     for i, residual in enumerate(self.bench.residuals(part.batches, part.stop)):
                         values[part.examples[i]] = part.value(i, residual).double().cpu().numpy()
                         self.progress.advance(len(part.examples[i]))
             return {"loss": values}
 
+        _ = self.token_shares  # a step of progress of its own, and steps do not nest
         self.progress.start(f"{self.metric} at {label}", len(self.examples))
         result: Array = self.units.arrays(f"loss-{point.key}", compute)["loss"]
         self.progress.end()
@@ -429,12 +429,11 @@ class Calibration:
         arch = self.checkpoint.arch
 
         def compute() -> dict[str, Array]:
-            parts = self.passes()
             self._move(point)
             shapes = {kind: (1, 1) if kind in OUTSIDE else (arch.layers, arch.units(kind)) for kind in EFFECT_KINDS}
             n, experts = len(self.examples), len(self.experts)
             found = {kind: np.zeros((experts, n, *shape), np.float32) for kind, shape in shapes.items()}
-            for part in parts:
+            for part in self.passes():
                 with DeltaProbe(self.bench, self._deltas_of, experts, below=part.stop) as probe:
                     self.bench.backward(part.batches, part.stop, partial(self._told, part), probe.turn)
                     for i, numbers in enumerate(part.examples):
@@ -442,6 +441,7 @@ class Calibration:
                             found[kind][:, numbers, max(layer, 0)] = -values.numpy()
             return found
 
+        _ = self.token_shares
         self.progress.start(f"effects at {label}", len(self.examples))
         result = self.units.arrays(f"node-{point.key}", compute)
         self.progress.end()

@@ -29,6 +29,7 @@ import numpy as np
 from pydantic import Field
 
 from mechmerge.artifacts import lock
+from mechmerge.localize.anchor import standard_error
 from mechmerge.localize.anchor_calibration import AnchorCalibration, AnchorCalibrationSettings, members_of
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, rows_of
 from mechmerge.localize.effect_file import EFFECT_KINDS, PATHS, BehaviorEffect, EffectFile, EffectMetadata, Linearity, Origin
@@ -221,17 +222,12 @@ def statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[st
     for kind, values in summed.items():
         if kind == "lm_head" and calibration.checkpoint.arch.tied:
             continue
-        mean = np.einsum("rn,enlu->relu", weights, values)
-        variance = np.zeros_like(mean)
-        for r in range(len(mean)):
-            own = np.flatnonzero(weights[r])
-            centred = values[:, own] - mean[r][:, None]
-            # The cluster-robust variance of a weighted mean (one example a topic: the usual one, with Bessel's correction).
-            topics = list(dict.fromkeys(told[i] for i in own))
-            member = np.array([[told[i] == topic for i in own] for topic in topics])
-            sums = np.einsum("kn,enlu->eklu", member * weights[r, own], centred)
-            variance[r] = (sums**2).sum(1) * len(topics) / max(len(topics) - 1, 1)
-        arrays[f"{kind}.effect"] = mean.astype(np.float32)
-        arrays[f"{kind}.stderr"] = np.sqrt(variance).astype(np.float32)
+        by_example = values.swapaxes(0, 1)
+        errors = []
+        for row in weights:
+            own = np.flatnonzero(row)
+            errors.append(standard_error(by_example[own], [told[i] for i in own], row[own]))
+        arrays[f"{kind}.effect"] = np.einsum("rn,enlu->relu", weights, values).astype(np.float32)
+        arrays[f"{kind}.stderr"] = np.stack(errors).astype(np.float32)
         arrays[f"{kind}.half"] = np.stack([np.einsum("rn,enlu->relu", half, values) for half in halves]).astype(np.float32)
     return arrays

@@ -79,8 +79,8 @@ def shuffled(mask: Mapping[str, Array], inside: Mapping[str, Array], seed: int) 
 def masks_of(
     calibration: Calibration, values: Mapping[str, Array], counts: Array, here: Point, number: int = LEAST_MASKS
 ) -> list[Point]:
-    """`number` points or a few more around a merge (fewer below `LEAST_MASKS`: evenly thinned): chosen masks, each followed by
-    its shuffles, and points at which the rest of all experts is lowered.
+    """`number` points around a merge: chosen masks, each followed by its shuffles, evenly thinned, and points at which the rest
+    of all experts is lowered.
 
     Args:
         calibration: the models and behaviours.
@@ -100,7 +100,8 @@ def masks_of(
     units = [
         each for i, mask in enumerate(made) for each in (mask, *(shuffled(mask, inside, draws * i + d) for d in range(draws)))
     ]
-    return [*(Point(here.rest, each) for each in units), *lowered]
+    kept = np.linspace(0, len(units) - 1, number - len(lowered)).round().astype(int)
+    return [*(Point(here.rest, units[i]) for i in kept), *lowered]
 
 
 def predicted_change(
@@ -127,7 +128,7 @@ def check_linearity(calibration: Calibration, values: Mapping[str, Array], count
         calibration: the models and behaviours.
         values: effects of every example, [E, n, layers, units] each.
         counts: what a unit of each behaviour's value counts, [R].
-        masks: masks to be measured, or a few more; shuffled ones among them (four at least).
+        masks: masks to be measured, shuffled ones among them (four at least).
     """
     start, weights = everything(calibration), calibration.weights()
     at = calibration.losses(start, "the sum")

@@ -61,8 +61,8 @@ class RoundSettings(LossSettings):
     """Settings of the rounds stage."""
 
     tokens: Tokens = "contested"
-    """Which tokens of an answer its loss is the mean over. A round changes a fifth of all components, and the mean over all
-    tokens hides the few at which an answer is won or lost (benchmarks/log.md, 2026-11-28).
+    """Which tokens of an answer its loss is the mean over: the mean over all hides the few at which an answer is won or lost
+    (benchmarks/log.md, 2026-11-28).
     """
     max_rounds: int = Field(default=4, ge=1, le=4)
     """Most rounds."""

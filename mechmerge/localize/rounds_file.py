@@ -31,7 +31,7 @@ class RoundRecord(Document):
     changed: int
     """Those whose effect along the path to the proposal agrees as well."""
     predicted: dict[str, float]
-    """Change of loss by behaviour that the path's effects predict for what was changed, nats per answer token."""
+    """Change of loss by behaviour that the path's effects predict for what was changed, nats per answer token (`tokens`)."""
     realised: dict[str, float]
     """Change of loss by behaviour that was found."""
     gain: float
@@ -60,7 +60,7 @@ class SolveRecord(Document):
 
 
 class SettledBehavior(Document):
-    """A behaviour and its losses, nats per answer token on the calibration answers."""
+    """A behaviour and its losses on the calibration answers, nats per answer token (see `tokens`)."""
 
     name: str
     expert: str

@@ -69,7 +69,7 @@ def settle_solution(
         rows: the behaviours, as in the effect file.
         effects: effects on the loss.
         out: the rounds file.
-        settings: see `SolveSettings`.
+        settings: see `SolveSettings`; by default the effect file's tokens, and all prompts' worst case without a limit.
         progress: told of every unit.
 
     Raises:
@@ -78,7 +78,7 @@ def settle_solution(
         PairError: the models cannot be compared.
         LocalizeError: an expert has no verified answer, or does not lower the loss of the behaviour it answers for.
     """
-    settings = settings or SolveSettings()
+    settings = settings or SolveSettings(tokens=effects.metadata.tokens)
     doubt = check_proven(effects, settings.unproven)
     _check_same(base, experts, rows, effects, settings)
     if doubt is not None:
@@ -99,8 +99,8 @@ def _check_same(
     if metadata.metric != "loss":
         raise InputError("effect file", expected="effects on the loss", found=f"on the {metadata.metric}")
     if metadata.tokens != settings.tokens:
-        raise InputError("effect file", expected=f"effects on {settings.tokens} tokens", found=f"on those of {metadata.tokens}",
-                         fix=f"--tokens {metadata.tokens}")  # fmt: skip
+        raise InputError("effect file", expected=f"losses over {settings.tokens} tokens", found=f"over {metadata.tokens}",
+                         fix=f"ask for tokens {metadata.tokens}")  # fmt: skip
     told = [(b.name, b.expert, dict(b.digests)) for b in metadata.behaviors]
     asked = [(row.name, row.expert, {member.name: member.digest for member in row.members}) for row in rows]
     if told != asked:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mechmerge.artifacts import atomic_folder, drop_lock, is_new, lock, to_yaml
-from mechmerge.errors import InputError, MechmergeError, PairError
+from mechmerge.errors import CheckpointError, InputError, MechmergeError, PairError
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
 from mechmerge.models.adapters import copy_side_files
@@ -89,7 +89,7 @@ def merge(
             copy_side_files(base.folder, partial)
             if check:
                 equal, changed = verify(partial, base, recipe.out_dtype, experts, found, direct=direct, progress=progress)
-                progress.note(f"verified: {changed} tensors changed, {equal} are the base's")
+                progress.note(f"{_looked_at(found)}: {changed} tensors changed, {equal} are the base's")
             for watch in watches:
                 watch.check()
 
@@ -104,19 +104,26 @@ def _verify_again(
     progress: Progress,
 ) -> None:
     """Verifies a model that was there before, as one that the direct writer wrote, or mergekit did (`engines`)."""
+    failure: MechmergeError | None = None
     for direct in engines:
         try:
             equal, changed = verify(out, base, out_dtype, experts, found, direct=direct, progress=progress)
+        except CheckpointError:
+            raise  # of a parent, or of files that cannot be read: it names them
         except MechmergeError as error:
-            failure = error
+            failure = failure or error
         else:
-            progress.note(
-                f"{out} already holds the model of this recipe: verified, {changed} tensors changed, {equal} the base's"
-            )
+            told = f"{changed} tensors changed, {equal} the base's"
+            progress.note(f"{out} already holds the model of this recipe: {_looked_at(found)}, {told}")
             return
     raise InputError(
         str(out), expected="the model of this very recipe", found=f"another one: {failure}", fix="remove it, or name another"
     )
+
+
+def _looked_at(found: Coefficients | None) -> str:
+    """What was done to a model: mergekit's own methods are not computed anew."""
+    return "verified" if found is not None else "checked, its values not computed anew"
 
 
 def lock_of(out: Path) -> Path:

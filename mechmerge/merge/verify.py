@@ -1,7 +1,8 @@
 """Verification of a written model: every tensor is accounted for, and nothing is believed (mergekit logs some failures and goes
 on).
 
-It reads the written weights and the parents'. Every element is held against the recipe: what no expert touches is the base's,
+It reads the written weights and the parents'. Every element is held against a recipe of coefficients (the values of mergekit's
+own methods are known to mergekit alone: they are finite, and that is all): what no expert touches is the base's,
 what one expert alone gives is that expert's where the direct writer wrote it, everything else is what the formula gives; to the
 bit where the direct writer wrote it, which is stronger than equal digests. Which coefficient belongs to which row or column is
 read once more, element by element and component after component, by the formula's plain twin (merge/reference.py), which is

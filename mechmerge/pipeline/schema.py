@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
-from mechmerge.localize.effect_file import Origin, Tokens
+from mechmerge.localize.effect_file import LEAST_MASKS, Origin, Tokens
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -219,8 +219,8 @@ class Pipeline(Document):
         for name in self.protect.keys() & self.behaviors.keys():
             raise ValueError(f"protect {name}: the name is taken by a behaviour")
         for name, plan in self.recipes.items():
-            if plan.policy == "solve" and not self.effects.check and not plan.parameters.get("unproven"):
-                raise ValueError(f"recipe {name}: the policy solve needs effects.check: 100 (masks), or unproven: true")
+            if plan.policy == "solve" and self.effects.check < LEAST_MASKS and not plan.parameters.get("unproven"):
+                raise ValueError(f"recipe {name}: the policy solve needs effects.check: {LEAST_MASKS}, or unproven: true")
         for name in (*self.experts, *self.behaviors, *self.protect):
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a plain name (letters, digits, _ and -)")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechmerge.artifacts import Document, Units
-from mechmerge.errors import InputError
+from mechmerge.errors import CheckpointError, InputError, PairError
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.localize.effect_file import EffectFile
 from mechmerge.pipeline.examining import Examiner
@@ -173,6 +173,8 @@ class Search:
 
         try:
             outcome = _Outcome.model_validate(self.units.json(f"{trial.number:04}", ask))
+        except (CheckpointError, PairError):
+            raise  # of the parents: no trial would do better
         except InputError as error:  # weights or logits that are not finite
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return Trial(**common, state="refused", prompts=0, problem=str(error))

@@ -334,7 +334,9 @@ def _baseline(policy: str, sources: Sources, given: dict[str, Any], seed: int, c
 
 
 def _copied(recipe: Recipe) -> Source:
-    """The recipe that another one is made like, or within: the digest is that of the file that `write_recipe` writes."""
+    """The recipe that another one is made like, or within. The digest is that of the file that `write_recipe` writes: one that
+    was edited by hand, or written by an older version, may have another.
+    """
     return Source(file="recipe.yaml", kind="recipe", sha256=hashlib.sha256(to_yaml(recipe).encode()).hexdigest())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mechmerge.errors import InputError, MissingError
-from mechmerge.localize.effect_file import MEASURED, EffectFile
+from mechmerge.localize.effect_file import MEASURED, EffectFile, unit_of
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import LEAF_KINDS, OUTSIDE, UNIT_KINDS
@@ -248,6 +248,15 @@ def own_gains(
     # What was measured at the merge was measured on the answers of the rounds.
     first = "rounds" if recipe.realised is not None else "effects"
     return next((gains for _, gains in sorted(told, key=lambda one: one[0] != first) if gains), {})
+
+
+def counted_in(recipe: Recipe, metric: ScoreSource, effects: EffectFile | None = None) -> str:
+    """The unit of a recipe's predicted and measured changes, in words."""
+    told = [(source.kind, source.tokens) for source in recipe.provenance if source.metric == metric]
+    if recipe.predicted is None or not told:
+        return unit_of(metric, "all" if effects is None else effects.metadata.tokens)
+    first = "rounds" if recipe.realised is not None else "effects"
+    return unit_of(metric, min(told, key=lambda one: one[0] != first)[1])
 
 
 def expected_rows(

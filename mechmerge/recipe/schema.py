@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mechmerge.artifacts import Document, read_arrays, read_document, sha256_file, write_arrays, write_yaml
 from mechmerge.errors import SchemaError
+from mechmerge.localize.effect_file import Tokens
 from mechmerge.localize.settings import ScoreSource
 from mechmerge.models.components import OUTSIDE, UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
@@ -95,6 +96,8 @@ class Source(Document):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     metric: ScoreSource | None = None
     """What its gains are counted in; None where it tells none."""
+    tokens: Tokens = "all"
+    """Which tokens of an answer a loss is the mean over."""
     gains: dict[str, float] = Field(default_factory=dict)
     """What each behaviour's own expert gains over the base, as effect and rounds files tell: what a predicted change is a share
     of. Protected behaviours have none, nor has anything in older recipes.

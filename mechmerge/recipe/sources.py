@@ -10,7 +10,7 @@ from typing import Literal
 
 from mechmerge.artifacts import METADATA_KEY, parse_json, sha256_file
 from mechmerge.errors import InputError, SchemaError
-from mechmerge.localize.effect_file import EffectFile, read_effects
+from mechmerge.localize.effect_file import EffectFile, Tokens, read_effects
 from mechmerge.localize.rounds_file import RoundsFile, read_rounds
 from mechmerge.localize.scores import ScoreFile, read_scores
 from mechmerge.localize.settings import ScoreSource
@@ -84,13 +84,13 @@ def read_sources(files: Sequence[Path], experts: Mapping[str, ModelId] | None = 
                 raise InputError(str(path), expected="one effect file", found="a second one")
             effects = read_effects(path)
             base = effects.metadata.base
-            provenance.append(_source(path, "effects", effects.metadata.metric, effect_gains(effects)))
+            provenance.append(_source(path, "effects", effects.metadata.metric, effect_gains(effects), effects.metadata.tokens))
         elif kind == "rounds":
             if settled is not None:
                 raise InputError(str(path), expected="one rounds file", found="a second one")
             settled = read_rounds(path)
             base = settled.metadata.base
-            provenance.append(_source(path, "rounds", "loss", round_gains(settled)))
+            provenance.append(_source(path, "rounds", "loss", round_gains(settled), settled.metadata.tokens))
         else:
             file = read_scores(path)
             scored.append(file)
@@ -142,8 +142,14 @@ def round_gains(rounds: RoundsFile) -> dict[str, float]:
     return {b.name: round(b.loss_base - b.loss_expert, 6) for b in rounds.metadata.behaviors if b.expert != "base"}
 
 
-def _source(path: Path, kind: Measured, metric: ScoreSource | None = None, gains: Mapping[str, float] | None = None) -> Source:
-    return Source(file=path.name, kind=kind, sha256=sha256_file(path), metric=metric, gains=dict(gains or {}))
+def _source(
+    path: Path,
+    kind: Measured,
+    metric: ScoreSource | None = None,
+    gains: Mapping[str, float] | None = None,
+    tokens: Tokens = "all",
+) -> Source:
+    return Source(file=path.name, kind=kind, sha256=sha256_file(path), metric=metric, gains=dict(gains or {}), tokens=tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------ a recipe's files

@@ -124,7 +124,7 @@ def rounds(run: Measurements) -> str:
     """The rounds in which coefficients were settled."""
     if run.rounds is None:
         return ""
-    said = paragraph(summary.ROUNDS_SAID)
+    said = paragraph(summary.rounds_said(run.rounds.metadata))
     settled = table("Losses of each behaviour", effect_tables.settled_rows(run.rounds))
     return section("rounds", TITLES["rounds"], said, table("Rounds", effect_tables.rounds_rows(run.rounds)), settled)
 

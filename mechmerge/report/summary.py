@@ -13,8 +13,8 @@ from mechmerge.artifacts import write_text
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.evaluate.table import markdown_table
-from mechmerge.localize.effect_file import EffectFile, EffectMetadata
-from mechmerge.localize.rounds_file import RoundsFile
+from mechmerge.localize.effect_file import EffectFile, EffectMetadata, unit_of
+from mechmerge.localize.rounds_file import RoundsFile, RoundsMetadata
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.report import effect_tables, figures, role_tables, tables
@@ -39,9 +39,9 @@ RECIPES_SAID = (
     "covers everything that no rule and no mask names."
 )
 PREDICTED_SAID = (
-    "Predicted change against the base: of the loss (nats per answer token; negative is better), or of the recovery of the "
-    "state along the anchor (1 is the own expert's; positive is better). A prediction without a measurement is linear in what "
-    "is dropped, which neither is:"
+    "Predicted change against the base: of the loss (nats per answer token, as what it was predicted from weighs them; "
+    "negative is better), or of the recovery of the state along the anchor (1 is the own expert's; positive is better). A "
+    "prediction without a measurement is linear in what is dropped, which neither is:"
 )
 DEPTH_SAID = "Share of the positive weight-patching scores in each third of the model (components after the anchor have none):"
 CURVES_SAID = (
@@ -52,8 +52,13 @@ CURVES_SAID = (
 ROUNDS_SAID = (
     "Starting from the sum, each round turned over the components whose effect at the merge, and along the path to the "
     "change, agreed on both halves of the calibration prompts. Weighted gain: Σ weight × (base's loss − loss) / own "
-    "expert's gain. Losses in nats per answer token, on calibration answers."
+    "expert's gain. Losses in {unit}, on calibration answers."
 )
+
+
+def rounds_said(metadata: RoundsMetadata) -> str:
+    """What is said of rounds, with the unit of their losses."""
+    return ROUNDS_SAID.format(unit=unit_of("loss", metadata.tokens))
 
 
 def write_report(
@@ -132,7 +137,7 @@ def _rounds_section(file: RoundsFile | None) -> list[str]:
     return [
         "## Rounds",
         "",
-        ROUNDS_SAID,
+        rounds_said(file.metadata),
         "",
         *tables.table(*effect_tables.rounds_rows(file)),
         *tables.table(*effect_tables.settled_rows(file)),
