@@ -477,6 +477,30 @@ def test_the_same_size_with_other_tokens_is_refused(base: Model, tmp_path: Path)
         check_pair(one, other)
 
 
+def test_a_vocabulary_in_files_of_its_own_is_read_and_compared(tmp_path: Path) -> None:
+    """As GPT-2's: tokens in vocab.json, added ones beside it, in either of two places."""
+    folders = {name: tiny_model(tmp_path / name, vocabulary=["<a>", "<b>"]) for name in ("whole", "apart", "other")}
+    ids = token_ids(folders["whole"])
+    assert ids is not None
+    for name, added in (("apart", "<b>"), ("other", "<c>")):
+        folder = folders[name]
+        (folder / "tokenizer.json").unlink()
+        assert token_ids(folder) is None
+        (folder / "vocab.json").write_text(json.dumps({t: i for t, i in ids.items() if t not in ("<a>", "<b>")}))
+        (folder / "added_tokens.json").write_text(json.dumps({"<a>": ids["<a>"]}))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        told = settings.get("added_tokens_decoder", {}) | {str(ids["<b>"]): {"content": added}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": told}))
+    assert token_ids(folders["apart"]) == ids
+    whole, apart, other = (Checkpoint(folder) for folder in folders.values())
+    check_pair(whole, apart)
+    with pytest.raises(PairError, match=r"<[bc]>"):
+        check_pair(whole, other)
+    (folders["apart"] / "vocab.json").write_text('{"!": "three"}')
+    with pytest.raises(CheckpointError, match=r"apart/vocab\.json"):
+        check_pair(whole, apart)
+
+
 def test_extra_rows_are_aligned_by_token(base: Model, tmp_path: Path) -> None:
     """The expert has a token of its own in the base's place of another, and more rows."""
     first = resolve(str(tiny_model(tmp_path / "base", vocabulary=["<mine>", "<both>"], tied=False)))
@@ -533,7 +557,7 @@ def test_alignment_needs_both_tokenizers(tmp_path: Path, vocabulary: list[str], 
     folders = {"base": tiny_model(tmp_path / "base"), "expert": tiny_model(tmp_path / "expert", vocabulary=vocabulary)}
     (folders[bare] / "tokenizer.json").unlink()
     base, expert = (resolve(str(folder)) for folder in folders.values())
-    with pytest.raises(PairError, match=rf"{bare}: expected tokenizer\.json in both models.*--vocabulary same"):
+    with pytest.raises(PairError, match=rf"{bare}: expected tokenizer\.json or vocab\.json in both models.*--vocabulary same"):
         align(base, expert, "base")
     assert align(base, expert, "same") == expert
     if not vocabulary:

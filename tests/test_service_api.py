@@ -455,6 +455,11 @@ def test_submissions(api: Served) -> None:
         assert (made.status_code, again.status_code) == (201, 200)
         assert made.json() == again.json()
         id = made.json()["id"]
+        commented = {name: f"{text}# as before\n" for name, text in body["files"].items()}
+        for other in (submission("good/base", "good/expert", seed=7), {"files": commented}):
+            refused = client.post("/api/jobs", json=body | other)
+            assert (refused.status_code, refused.json()["found"]) == (409, "another one")
+            assert id in refused.json()["fix"]
         assert "hf://good/base" in client.get(f"/api/jobs/{id}/pipeline").text
         assert client.delete(f"/api/jobs/{id}").status_code == 409, "it is queued"
         assert client.post(f"/api/jobs/{id}/cancel").json()["state"] == "cancelled"

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
-        ["it or the base has no tokenizer.json: equal rows are taken for equal tokens, unseen"],
+        ["it or the base has no tokenizer.json or vocab.json: equal rows are taken for equal tokens, unseen"],
     ),
     "the same end in a list": (lambda folder: settings(folder, "generation_config.json", eos_token_id=[2]), []),
 }

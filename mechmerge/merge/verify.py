@@ -202,7 +202,7 @@ def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
     last = max(tokens.values(), default=0) if tokens else 0
     if last >= merged.arch.vocabulary:
         raise CheckpointError(
-            f"{base.folder}: tokenizer.json", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
+            f"{base.folder}: vocabulary", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
         )
 
 

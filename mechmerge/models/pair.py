@@ -69,19 +69,38 @@ def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule 
 
 
 def token_ids(folder: Path) -> dict[str, int] | None:
-    """Token string → id from tokenizer.json (added tokens included), or None where there is none."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        parsed: Any = json.loads(path.read_text("utf-8"))
-        vocabulary = parsed["model"]["vocab"]
-        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
-        ids.update({token["content"]: token["id"] for token in parsed.get("added_tokens", [])})
-        if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
-            raise ValueError(f"{odd[0]!r} has no number")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
+    """Token string → id (added tokens included) from tokenizer.json, or else from vocab.json and the added tokens beside it;
+    None where there is neither (SentencePiece's `tokenizer.model` alone is not read).
+    """
+    for name, read in (("tokenizer.json", _of_tokenizers), ("vocab.json", _of_vocabulary)):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            ids = read(path)
+            if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
+                raise ValueError(f"{odd[0]!r} has no number")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
+        return ids
+    return None
+
+
+def _of_tokenizers(path: Path) -> dict[str, int]:
+    parsed: Any = json.loads(path.read_text("utf-8"))
+    vocabulary = parsed["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+    return ids | {token["content"]: token["id"] for token in parsed.get("added_tokens", [])}
+
+
+def _of_vocabulary(path: Path) -> dict[str, int]:
+    """Of a tokenizer in files of its own, as GPT-2's: added tokens stand in one of two places, by the library's age."""
+    ids: dict[str, int] = dict(json.loads(path.read_text("utf-8")))
+    if (added := path.with_name("added_tokens.json")).exists():
+        ids |= json.loads(added.read_text("utf-8"))
+    if (settings := path.with_name("tokenizer_config.json")).exists():
+        told: dict[str, Any] = json.loads(settings.read_text("utf-8")).get("added_tokens_decoder", {})
+        ids |= {token["content"]: int(number) for number, token in told.items()}
     return ids
 
 
@@ -102,7 +121,8 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
     """The expert with its vocabulary rows in the base's order (a new folder in the cache), or as it is where that is right.
 
     Raises:
-        PairError: rows are to be aligned and a model has no tokenizer.json, so tokens cannot be matched, whatever the sizes.
+        PairError: rows are to be aligned and a model has no vocabulary that can be read, so tokens cannot be matched,
+            whatever the sizes.
     """
     if rule == "same":
         return expert
@@ -110,7 +130,7 @@ def align(base: Model, expert: Model, rule: VocabularyRule) -> Model:
     if mine is None or theirs is None:
         raise PairError(
             str(base.path if mine is None else expert.path),
-            expected="tokenizer.json in both models to align their rows",
+            expected="tokenizer.json or vocab.json in both models to align their rows",
             found="none",
             fix="save the model's tokenizer there, or use --vocabulary same if row by row both have the same tokens",
         )

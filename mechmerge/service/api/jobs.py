@@ -14,7 +14,7 @@ from mechmerge.errors import GateRefused
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.publish.hub import check_options
 from mechmerge.service.access import Publisher, Reader, Runner, The, require_own
-from mechmerge.service.admission import FILES, PIPELINE, PIPELINE_BYTES, admit, check_repo, write_input
+from mechmerge.service.admission import FILES, PIPELINE, PIPELINE_BYTES, admit, check_repo, sent_files, write_input
 from mechmerge.service.log import Progress, progress_of, write_event
 from mechmerge.service.problems import ServiceError, answers
 from mechmerge.service.service import DELETED, INCOMING, Service
@@ -54,7 +54,7 @@ class Submission(Document):
     priority: int = Field(default=NORMAL, ge=0, le=9)
     """Higher ones go first; above 5 for administrators."""
     key: Key = None
-    """A name of one's own for this request: sent twice, it makes one job."""
+    """A name of one's own for this request: sent twice, it makes one job; another request under it is refused."""
 
 
 class Publication(Document):
@@ -82,7 +82,7 @@ def view(service: Service, job: Job) -> JobView:
     return JobView(**dict(job), progress=progress)
 
 
-@router.post("", status_code=201, responses=answers(401, 429, s200={"model": JobView, "description": "Submitted before."}))
+@router.post("", status_code=201, responses=answers(401, 409, 429, s200={"model": JobView, "description": "Submitted before."}))
 def submit(body: Submission, identity: Runner, service: The, response: Response) -> JobView:
     """Queue a pipeline. Sent again with the same `key`, it answers 200 with the job that there is."""
     _check_priority(identity, body.priority)
@@ -208,7 +208,11 @@ def _check_priority(identity: Identity, priority: int) -> None:
 
 
 def _queue(service: Service, new: NewJob, files: dict[str, str], response: Response) -> JobView:
-    """Stores a job with its input; the folder is put in place in the moment in which the job is stored."""
+    """Stores a job with its input; the folder is put in place in the moment in which the job is stored.
+
+    Raises:
+        ServiceError: the user's key already names another request (409), or there is no space (503).
+    """
     known = service.store.known(new.user, new.key)
     if known is None and not service.supervisor.has_space():
         raise ServiceError(
@@ -228,6 +232,20 @@ def _queue(service: Service, new: NewJob, files: dict[str, str], response: Respo
     if is_new:
         response.headers["Location"] = f"/api/jobs/{job.id}"
         service.supervisor.wake()
+    elif not _is_same(service, job, new, files):
+        raise ServiceError(
+            409, f"key {new.key}", expected="the request that it was first sent with", found="another one",
+            fix=f"send a new key; job {job.id} has this one",
+        )  # fmt: skip
     else:
         response.status_code = 200
     return view(service, job)
+
+
+def _is_same(service: Service, job: Job, new: NewJob, files: dict[str, str]) -> bool:
+    """Whether a stored job was made by this very request; its priority may be another, since it says nothing of the work."""
+    if (job.kind, job.parent, job.request) != (new.kind, new.parent, dict(new.request)):
+        return False
+    folder = service.folder(job.id) / "input"
+    stored = {name: folder / name for name in (*sent_files(folder), *([PIPELINE] if files else []))}
+    return stored.keys() == files.keys() and all(stored[n].read_bytes() == text.encode() for n, text in files.items())
