@@ -361,7 +361,13 @@ def test_conflicts_are_named_strongest_first(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"agreement": False}, {"weighting": "equal", "weight.sums": 3.0}, {"weight.formats": 2.0, "strength.second": 0.5}],
+    [
+        {},
+        {"certainty": 3.0},
+        {"agreement": False},
+        {"weighting": "equal", "weight.sums": 3.0},
+        {"weight.formats": 2.0, "strength.second": 0.5},
+    ],
 )
 def test_the_decision_on_a_component_can_be_made_again(parameters: dict[str, Any]) -> None:
     """From what is said of it: the effects times what they count, summed, on all prompts or on both halves."""
@@ -384,9 +390,11 @@ def test_the_decision_on_a_component_can_be_made_again(parameters: dict[str, Any
         rows = one_component.weighted_rows(recipe, found, effects, counts, f"L{layer}.{kind}.{unit}")
         for e, (row, expert) in enumerate(zip(rows, recipe.experts, strict=True)):
             harms = row["sum"] < 0 if "agreement" in parameters else row["half 1"] < 0 and row["half 2"] < 0
+            effect, errors = (effects.arrays[f"{kind}.{m}"][:, e, layer, unit].astype(float) for m in ("effect", "stderr"))
+            error = float(np.hypot(*(told * errors)))
+            assert row["standard error"] == pytest.approx(error, rel=5e-3)
             kept = compiled.masks[f"{expert}.{kind}"][layer, unit]
-            assert (kept == 0) == harms
-            effect = effects.arrays[f"{kind}.effect"][:, e, layer, unit]
+            assert (kept == 0) == (harms and -float(np.dot(told, effect)) > parameters.get("certainty", 0.0) * error)
             assert row["on sums"] == pytest.approx(told[1] * effect[1], rel=5e-3)
             assert row["sum"] == pytest.approx(float(np.dot(told, effect)), rel=5e-3, abs=1e-6)
             got = "out" if kept == 0 else "in" if kept == 1 else f"at {kept:g}"
@@ -394,7 +402,10 @@ def test_the_decision_on_a_component_can_be_made_again(parameters: dict[str, Any
             assert "not by these" not in row["decided"]
             decided.add(row["decided"].split(": ")[1])
     where = "all prompts" if "agreement" in parameters else "both halves"
-    assert decided == {f"< 0 on {where}", f"≥ 0 on {where}"} | (set() if "agreement" in parameters else {"< 0 on one half"})
+    expected = {f"< 0 on {where}", f"≥ 0 on {where}"} | (set() if "agreement" in parameters else {"< 0 on one half"})
+    if least := parameters.get("certainty"):
+        expected.add(f"< 0 on {where}, by less than {least:g} standard errors")
+    assert decided == expected
     rest = one_component.weighted_rows(recipe, found, effects, counts, "embed")[0]
     assert rest["decided"] == "at 1: not decided on"
     layer = one_component.weighted_rows(recipe, found, effects, counts, "L1")[0]

@@ -28,11 +28,16 @@ def with_arrays(file: EffectFile, **arrays: np.ndarray) -> EffectFile:
 
 
 # ---------------------------------------------------------------------------------------------------------------- conflict
+@pytest.mark.parametrize("certainty", [0.0, 3.0, None])
 @pytest.mark.parametrize("agreement", [True, False])
 @pytest.mark.parametrize("weighting", ["own-gain", "equal"])
-def test_conflict_drops_exactly_what_harms_the_behaviours_together(agreement: bool, weighting: str) -> None:
+def test_conflict_drops_exactly_what_harms_the_behaviours_together(
+    agreement: bool, weighting: str, certainty: float | None
+) -> None:
     file = effect_file(gains=(2.0, 0.5))
-    choice = conflict(file, agreement=agreement, weighting=weighting)  # type: ignore[arg-type]
+    told = {} if certainty is None else {"certainty": certainty}
+    choice = conflict(file, agreement=agreement, weighting=weighting, **told)  # type: ignore[arg-type]
+    unsure = 0
     weights = (1 / 2.0, 1 / 0.5) if weighting == "own-gain" else (1.0, 1.0)
     dropped = 0
     for e, expert in enumerate(file.metadata.experts):
@@ -46,9 +51,17 @@ def test_conflict_drops_exactly_what_harms_the_behaviours_together(agreement: bo
                     else:
                         halves = [file.arrays[f"{kind}.effect"][:, e, layer, unit]]
                     harms = all(weights[0] * float(h[0]) + weights[1] * float(h[1]) < 0 for h in halves)
+                    whole, error = (file.arrays[f"{kind}.{m}"][:, e, layer, unit].astype(float) for m in ("effect", "stderr"))
+                    sure = (
+                        -(weights[0] * whole[0] + weights[1] * whole[1])
+                        > (certainty or 0.0) * (weights[0] ** 2 * error[0] ** 2 + weights[1] ** 2 * error[1] ** 2) ** 0.5
+                    )
+                    unsure += harms and not sure
+                    harms = harms and sure
                     assert mask[layer, unit] == (0 if harms else 1)
                     dropped += harms
     assert 0 < dropped < mask.size * 6
+    assert (unsure > 0) == bool(certainty)
 
 
 def test_agreement_drops_less() -> None:

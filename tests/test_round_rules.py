@@ -49,6 +49,7 @@ class Landscape(Calibration):
         examples: (row, member, half) of each.
         loss: [experts, SIZE] → [n].
         slope: its derivatives, [n, experts, SIZE].
+        topics: of the examples; each its own where none are told.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Landscape(Calibration):
         loss: Callable[[Flat], np.ndarray],
         slope: Callable[[Flat], np.ndarray],
         experts: str = "ab",
+        topics: Sequence[str] = (),
     ) -> None:
         self.rows, self.loss, self.slope, self.progress = rows, loss, slope, Recorder()
-        self.examples = [Example(*example, prompt=()) for example in examples]
+        told = topics or [""] * len(examples)
+        self.examples = [Example(*example, prompt=(), topic=topic) for example, topic in zip(examples, told, strict=True)]
         ids = {"a": samples.FIRST, "b": samples.SECOND}
         self.base, self.experts = SimpleNamespace(id=samples.BASE), {name: SimpleNamespace(id=ids[name]) for name in experts}
         arch = SimpleNamespace(layers=LAYERS, units=lambda kind: UNITS[kind])
@@ -87,8 +90,22 @@ class Landscape(Calibration):
             found.append(sum(means) / len(means))
         return np.array(found)
 
-    def settled(self, rounds: int = 4) -> RoundsFile:
-        return _rounds(self, RoundSettings(max_rounds=rounds))
+    def settled(self, rounds: int = 4, certainty: float = 0.0) -> RoundsFile:
+        return _rounds(self, RoundSettings(max_rounds=rounds, certainty=certainty))
+
+    def error(self, values: np.ndarray, per: Sequence[float]) -> np.ndarray:
+        """The standard error over topics of the weighted sum of the rows' means, written out, [...]."""
+        variance = np.zeros(values.shape[1:])
+        for r, mean in enumerate(self.by_row(values)):
+            own = [i for i, example in enumerate(self.examples) if example.row == r]
+            members = [sum(self.examples[i].member == m for i in own) for m in range(len(self.rows[r].members))]
+            sums: dict[str, np.ndarray] = {}
+            for i in own:
+                share = 1 / len(members) / members[self.examples[i].member]
+                topic = self.examples[i].topic or f"{i}"
+                sums[topic] = sums.get(topic, 0) + share * (values[i] - mean)
+            variance += per[r] ** 2 * len(sums) / (len(sums) - 1) * sum(value**2 for value in sums.values())
+        return np.sqrt(variance)
 
 
 def three_rows() -> list[BehaviorRow]:
@@ -106,6 +123,8 @@ EXAMPLES = [
     (2, 0, 0), (2, 0, 0), (2, 0, 1),
 ]  # fmt: skip
 """Members and halves have unlike numbers of examples, so a mean of all would be another."""
+TOPICS = ("", "", "x", "x", "y", "u", "v", "v", "u", "w", "", "x", "q", "r", "s")
+"""Some are shared, by two members and by two behaviours too."""
 
 
 def quadratic(seed: int) -> Landscape:
@@ -123,10 +142,10 @@ def quadratic(seed: int) -> Landscape:
     def slope(c: Flat) -> np.ndarray:
         return -g + np.einsum("nes,es->n", w, c)[:, None, None] * w
 
-    return Landscape(three_rows(), EXAMPLES, loss, slope)
+    return Landscape(three_rows(), EXAMPLES, loss, slope, topics=TOPICS)
 
 
-def by_hand(land: Landscape, most: int) -> tuple[Flat, list[dict[str, Any]], str]:
+def by_hand(land: Landscape, most: int, certainty: float = 0.0) -> tuple[Flat, list[dict[str, Any]], str]:
     """The rounds written out over flat arrays: coefficients, what each round did, and why they ended."""
     base, c = land.by_row(land.loss(np.zeros((2, SIZE)))), np.ones((2, SIZE))
     per = []
@@ -148,6 +167,9 @@ def by_hand(land: Landscape, most: int) -> tuple[Flat, list[dict[str, Any]], str
             for half in (0, 1):
                 weighted = sum(p * effect for p, effect in zip(per, land.by_row(effects, half), strict=True))
                 found &= np.where(c == 1, -weighted, weighted) > 0
+            if certainty:
+                weighted = sum(p * effect for p, effect in zip(per, land.by_row(effects), strict=True))
+                found &= np.where(c == 1, -weighted, weighted) > certainty * land.error(effects, per)
             return found
 
         wanted = helps(-land.slope(c))
@@ -172,11 +194,13 @@ def by_hand(land: Landscape, most: int) -> tuple[Flat, list[dict[str, Any]], str
 SEEDS = range(12)
 
 
+@pytest.mark.parametrize("certainty", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rounds_are_those_written_out(seed: int) -> None:
+def test_rounds_are_those_written_out(seed: int, certainty: float) -> None:
     land = quadratic(seed)
-    file = land.settled()
-    c, told, _ = by_hand(land, 4)
+    file = land.settled(certainty=certainty)
+    assert file.metadata.certainty == certainty
+    c, told, _ = by_hand(land, 4, certainty)
     assert np.array_equal(flat(Point((1.0, 1.0), {k: file.arrays[f"{k}.coefficient"] for k in UNIT_KINDS})), c)
     assert len(file.metadata.rounds) == len(told)
     names = [row.name for row in land.rows]
@@ -195,6 +219,9 @@ def test_the_rounds_written_out_meet_every_case() -> None:
     assert any(record["changed"] < record["proposed"] for record in told), "the path takes some proposals away"
     assert any(not record["accepted"] for record in told)
     assert max(len(records) for _, records, _ in found) >= 3
+    changed = [[sum(r["changed"] for r in by_hand(quadratic(s), 4, k)[1]) for k in (0, 1, 3)] for s in SEEDS]
+    assert all(a >= 1 for a, _, _ in changed)
+    assert any(a > b > c for a, b, c in changed), "certainty leaves some as they are"
 
 
 # ---------------------------------------------------------------------------------------------------------------- agreement
@@ -203,7 +230,8 @@ def test_only_what_helps_on_both_halves_agrees() -> None:
     land, rng = quadratic(0), np.random.default_rng(1)
     effects, direction = rng.normal(size=(len(EXAMPLES), 2, SIZE)), rng.integers(-1, 2, (2, SIZE))
     per = np.array([0.7, 3.0, 0.3])
-    found = agreed(land, parted(effects.swapaxes(0, 1)), per, parted(direction))
+    by_kind = parted(effects.swapaxes(0, 1))
+    found = agreed(land, by_kind, per, parted(direction), 0.0)
     found_flat = np.concatenate([found[kind].reshape(2, -1) for kind in UNIT_KINDS], 1)
     first, second, whole = (land.by_row(effects, half) for half in (0, 1, None))
     cases = set()
@@ -214,6 +242,12 @@ def test_only_what_helps_on_both_halves_agrees() -> None:
             cases.add((a > 0, b > 0, both > 0))
     assert cases >= {(True, True, True), (True, False, True), (False, True, True), (False, False, False)}
     assert not found_flat[direction == 0].any(), "what is not to change does not"
+    z = sum(per[r] * whole[r] for r in range(3)) * direction / land.error(effects, per)
+    for certainty in (0.5, 1.0, 2.0):
+        sure = agreed(land, by_kind, per, parted(direction), certainty)
+        sure_flat = np.concatenate([sure[kind].reshape(2, -1) for kind in UNIT_KINDS], 1)
+        assert (sure_flat == found_flat & (z > certainty)).all()
+        assert 0 < sure_flat.sum() < found_flat.sum()
 
 
 def test_components_that_agree_on_one_half_alone_are_left() -> None:
@@ -314,9 +348,9 @@ def test_a_proposal_is_asked_for_where_the_merge_stands_and_integrated_on_the_wa
     current, per = everything(land), np.array([1.0, 2.0, 0.5])
     units = turned_over(current.units or {}, parted(rng.integers(0, 2, (2, SIZE)).astype(bool)))
     current = Point(current.rest, units)
-    wanted, point, along = propose(land, current, per, "here")
+    wanted, point, along = propose(land, current, per, "here", 0.0)
     assert land.measured == ["here", *(f"{t:.3f} of the path" for t in NODES)]
-    here = agreed(land, land.gradients(current, "again"), per, switch(units))
+    here = agreed(land, land.gradients(current, "again"), per, switch(units), 0.0)
     for kind in UNIT_KINDS:
         assert (wanted[kind] == here[kind]).all()
         assert ((point.units or {})[kind] == np.where(wanted[kind], 1 - units[kind], units[kind])).all()

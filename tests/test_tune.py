@@ -103,7 +103,7 @@ def test_what_is_open() -> None:
     assert (opened[0].low, opened[0].high, opened[1].choices) == (0.1, 0.4, ("sum", "share"))
     assert untouched(opened, plan)["budget"] == 0.3
     conflict = space_of(RecipePlan(policy="conflict"), ("a",), ("x", "y", "z"))
-    assert [one.name for one in conflict] == ["agreement", "weight.y", "weight.z", "strength.a"]
+    assert [one.name for one in conflict] == ["agreement", "certainty", "weight.y", "weight.z", "strength.a"]
     assert [one.name for one in space_of(RecipePlan(policy="ties"), ("a",), ("x",))] == ["density", "lambda"]
     with pytest.raises(InputError, match="nothing"):
         space_of(RecipePlan(policy="sce"), ("a",), ("x",))  # a strength would change nothing
@@ -280,7 +280,13 @@ def test_every_trial_is_reported(tuned: tuple[Path, Tuning]) -> None:
     assert read_document(Tuning, out / "tune.json") == found
     assert [trial.number for trial in found.trials] == list(range(9))
     assert [trial.source for trial in found.trials] == ["untuned", *["predicted"] * 5, *["tpe"] * 3]
-    assert found.trials[0].parameters == {"agreement": True, "weight.soft": 1.0, "strength.a": 1.0, "strength.b": 1.0}
+    assert found.trials[0].parameters == {
+        "agreement": True,
+        "certainty": 0.0,
+        "weight.soft": 1.0,
+        "strength.a": 1.0,
+        "strength.b": 1.0,
+    }
     assert found.best == best_of(found.trials)
     for trial in found.trials:
         assert trial.state == "given up" or (trial.prompts == 6 and trial.metrics and trial.gate)

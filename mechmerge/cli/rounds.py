@@ -42,6 +42,8 @@ def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option("--metric", default="loss", show_default=True, expose_value=False, callback=loss_alone,
               help="Rounds are measured on the loss alone.")  # fmt: skip
 @click.option("--max-rounds", type=click.IntRange(1, 4), help="Most rounds (4).")
+@click.option("--certainty", type=click.FloatRange(0),
+              help="Standard errors by which turning a component over must help (2).")  # fmt: skip
 @click.option("--solve", "effects", type=click.Path(path_type=Path, dir_okay=False), metavar="EFFECTS",
               help="Instead of rounds: a linear program over this effect file, measured, and once more if off.")  # fmt: skip
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
@@ -69,6 +71,7 @@ def command(
     budget: float | None,
     limits: tuple[str, ...],
     max_rounds: int | None,
+    certainty: float | None,
     agreement: bool | None,
     tolerance: float | None,
     unproven: bool,
@@ -81,8 +84,8 @@ def command(
     """Settle which components a merge takes, measuring where the decision is taken.
 
     Starts from the sum of the experts; each round turns components over whose effect at the current merge, and along the
-    path to the change, agrees on both halves of the calibration prompts; stops when the measured gain stops rising.
-    Trains nothing.
+    path to the change, helps on both halves of the calibration prompts and by --certainty standard errors on all of them;
+    stops when the measured gain stops rising. Trains nothing.
 
     With --solve: the coefficients with the largest predicted worst case, the gain that the worst-off behaviour keeps of its own
     expert's, under a budget and limits of damage; measured, and solved once more where the prediction was off.
@@ -103,8 +106,10 @@ def command(
     told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if effects is None and told:
         raise InputError("rounds", expected=f"--solve EFFECTS with what belongs to it ({', '.join(told)})", found="none")
-    if effects is not None and (only_plan or max_rounds is not None):
-        found = "--plan" if only_plan else "--max-rounds"
+    own = {"max_rounds": max_rounds, "certainty": certainty}
+    asked_of_rounds = {name: value for name, value in own.items() if value is not None}
+    if effects is not None and (only_plan or asked_of_rounds):
+        found = "--plan" if only_plan else f"--{next(iter(asked_of_rounds)).replace('_', '-')}"
         raise InputError(
             "rounds --solve", expected="what belongs to a solution, which takes a few passes of losses", found=found
         )
@@ -112,8 +117,7 @@ def command(
     set_threads(threads)
     progress = make_progress(quiet)
     models = open_experts(experts, progress)
-    if max_rounds is not None:
-        options["max_rounds"] = max_rounds
+    options |= asked_of_rounds
     if options["tokens"] is None:
         del options["tokens"]  # as rounds do, or as the effect file does
     given_tokens = "tokens" in options
@@ -127,9 +131,7 @@ def command(
             file = settle(model, models, rows, out, settings, progress)
         else:
             measured = read_effects(effects)
-            common = settings.model_dump(exclude={"max_rounds"}) | (
-                {} if given_tokens else {"tokens": measured.metadata.tokens}
-            )
+            common = settings.model_dump(exclude={*own}) | ({} if given_tokens else {"tokens": measured.metadata.tokens})
             asked = SolveSettings(**common, **told)
             file = settle_solution(model, models, rows, measured, out, asked, progress)
     show(

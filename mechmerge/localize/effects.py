@@ -29,7 +29,6 @@ import numpy as np
 from pydantic import Field
 
 from mechmerge.artifacts import lock
-from mechmerge.localize.anchor import standard_error
 from mechmerge.localize.anchor_calibration import AnchorCalibration, AnchorCalibrationSettings, members_of
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, rows_of
 from mechmerge.localize.effect_file import EFFECT_KINDS, PATHS, BehaviorEffect, EffectFile, EffectMetadata, Linearity, Origin
@@ -37,7 +36,7 @@ from mechmerge.localize.integrals import gauss_legendre, integrate
 from mechmerge.localize.linearity import check_linearity
 from mechmerge.localize.plan import Plan
 from mechmerge.localize.plan_steps import plan_anchor_effects, plan_effects
-from mechmerge.localize.proposal import NODES, drop, everything, mean_losses, per_nat, propose, references
+from mechmerge.localize.proposal import NODES, drop, everything, mean_losses, per_nat, propose, references, standard_errors
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -217,17 +216,11 @@ def _total(values: Mapping[str, Array], weights: Array) -> Array:
 def statistics(calibration: Calibration, summed: Mapping[str, Array]) -> dict[str, Array]:
     """Means, standard errors over topics and the means of both halves from effects of examples, [E, n, layers, units] each."""
     weights, halves = calibration.weights(), [calibration.weights(half) for half in (0, 1)]
-    told = [example.topic or f"{i}" for i, example in enumerate(calibration.examples)]
     arrays: dict[str, Array] = {}
     for kind, values in summed.items():
         if kind == "lm_head" and calibration.checkpoint.arch.tied:
             continue
-        by_example = values.swapaxes(0, 1)
-        errors = []
-        for row in weights:
-            own = np.flatnonzero(row)
-            errors.append(standard_error(by_example[own], [told[i] for i in own], row[own]))
         arrays[f"{kind}.effect"] = np.einsum("rn,enlu->relu", weights, values).astype(np.float32)
-        arrays[f"{kind}.stderr"] = np.stack(errors).astype(np.float32)
+        arrays[f"{kind}.stderr"] = standard_errors(calibration, values).astype(np.float32)
         arrays[f"{kind}.half"] = np.stack([np.einsum("rn,enlu->relu", half, values) for half in halves]).astype(np.float32)
     return arrays

@@ -1,8 +1,12 @@
 """What a merge would change next: components whose effect where it stands asks for it, and their effects on the way there.
 
-At a merge, a component that is in and harms, or is out and would help, on both halves of the calibration prompts, is proposed
-to be turned over; effects are then integrated along the short path from the merge to the proposal. Rounds (localize/rounds.py)
-decide by them, effects from the sum (localize/effects.py) are these, and linearity (localize/linearity.py) is theirs (ours).
+At a merge, a component that is in and harms, or is out and would help, on both halves of the calibration prompts and by some
+standard errors, is proposed to be turned over; effects are then integrated along the short path from the merge to the proposal.
+Rounds (localize/rounds.py) decide by them, effects from the sum (localize/effects.py) are these, and linearity
+(localize/linearity.py) is theirs (ours).
+
+Many components harm a little, and a merge that leaves all of them out is not what their effects add up to: what is predicted
+of a few is. So only what is far from nothing is changed at a time (`CERTAINTY`; benchmarks/log.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mechmerge.errors import LocalizeError
+from mechmerge.localize.anchor import standard_error
 from mechmerge.localize.calibration import Calibration, Point
 from mechmerge.localize.integrals import gauss_legendre, integrate
+from mechmerge.localize.rounds_file import CERTAINTY
 from mechmerge.models.components import UNIT_KINDS
 
 Array = np.ndarray
@@ -83,7 +89,7 @@ def per_nat(calibration: Calibration, gains: Array) -> Array:
     return np.array([row.weight / (1.0 if row.protected else gain) for row, gain in zip(rows, gains, strict=True)])
 
 
-def propose(calibration: Calibration, current: Point, counts: Array, label: str) -> Proposal:
+def propose(calibration: Calibration, current: Point, counts: Array, label: str, certainty: float = CERTAINTY) -> Proposal:
     """What the gradients at a merge ask for, and the effects on the way there.
 
     Args:
@@ -91,9 +97,10 @@ def propose(calibration: Calibration, current: Point, counts: Array, label: str)
         current: the merge, with coefficients 0 or 1 of every unit.
         counts: what a unit of each behaviour's value counts, [R].
         label: what the merge is called.
+        certainty: see `agreed`.
     """
     units = dict(current.units or {})
-    wanted = agreed(calibration, calibration.gradients(current, label), counts, switch(units))
+    wanted = agreed(calibration, calibration.gradients(current, label), counts, switch(units), certainty)
     point = Point(current.rest, turned_over(units, wanted))
     parts = [integrate(calibration, current, point, a, b) for a, b in pairwise(CUTS)]
     return Proposal(wanted, point, {kind: np.sum([part[kind] for part in parts], axis=0) for kind in parts[0]})
@@ -110,22 +117,43 @@ def turned_over(units: Mapping[str, Array], which: Mapping[str, Array]) -> Units
 
 
 def agreed(
-    calibration: Calibration, values: Mapping[str, Array], counts: Array, direction: Mapping[str, Array]
+    calibration: Calibration,
+    values: Mapping[str, Array],
+    counts: Array,
+    direction: Mapping[str, Array],
+    certainty: float = CERTAINTY,
 ) -> dict[str, Array]:
-    """Components for which the change in `direction` (0: none) helps on both halves: kind → bool [E, layers, units].
+    """Components for which the change in `direction` (0: none) surely helps: kind → bool [E, layers, units].
 
     Args:
         calibration: whose halves are meant.
         values: effects of every example, [E, n, layers, units] each; positive lowers the loss as the coefficient rises.
         counts: what a unit of each behaviour's value counts, [R].
         direction: change of each coefficient.
+        certainty: standard errors (over topics, behaviours taken for independent) by which it must help on all prompts, beside
+            helping on each half; 0: the halves alone decide.
     """
-    halves = [counts @ calibration.weights(half) for half in (0, 1)]
+    whole, *halves = (counts @ calibration.weights(half) for half in (None, 0, 1))
     found: dict[str, Array] = {}
     for kind in UNIT_KINDS:
         helps = [np.einsum("n,enlu->elu", half, values[kind]) * direction[kind] > 0 for half in halves]
         found[kind] = helps[0] & helps[1]
+        if certainty:
+            error = np.sqrt(np.tensordot(counts**2, standard_errors(calibration, values[kind]) ** 2, 1))
+            found[kind] &= np.einsum("n,enlu->elu", whole, values[kind]) * direction[kind] > certainty * error
     return found
+
+
+def standard_errors(calibration: Calibration, values: Array) -> Array:
+    """Standard errors over topics of each behaviour's mean effect, [R, E, layers, units], from those of every example,
+    [E, n, layers, units].
+    """
+    told = [example.topic or f"{i}" for i, example in enumerate(calibration.examples)]
+    by_example, errors = values.swapaxes(0, 1), []
+    for row in calibration.weights():
+        own = np.flatnonzero(row)
+        errors.append(standard_error(by_example[own], [told[i] for i in own], row[own]))
+    return np.stack(errors)
 
 
 def drop(

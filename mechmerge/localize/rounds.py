@@ -7,9 +7,8 @@ component is taken out of the sum is another question, and where a loss saturate
 1. start from the sum of all experts;
 2. take gradients at the current merge; a component whose effect, over all behaviours and each in units of its own expert's
    gain, asks for a change (out when it is in and harms; in when it is out and would help) on both halves of the calibration
-   prompts is proposed;
-3. integrate the effects along the short path from the current merge to the proposal, and change only what still agrees on
-   both halves;
+   prompts, and by some standard errors on all of them, is proposed;
+3. integrate the effects along the short path from the current merge to the proposal, and change only what still does;
 4. measure the losses there; go on while the weighted gain rises, four rounds at most; a round that does not raise it is taken
    back.
 
@@ -40,7 +39,7 @@ from mechmerge.localize.proposal import (
     switch,
     turned_over,
 )
-from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
+from mechmerge.localize.rounds_file import CERTAINTY, RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
 from mechmerge.localize.settings import loss_of_rounds
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -66,6 +65,8 @@ class RoundSettings(LossSettings):
     """
     max_rounds: int = Field(default=4, ge=1, le=4)
     """Most rounds."""
+    certainty: float = Field(default=CERTAINTY, ge=0, allow_inf_nan=False)
+    """Standard errors (over topics) by which turning a component over must help; 0: that it helps on both halves is enough."""
 
 
 def settle(
@@ -111,9 +112,9 @@ def _rounds(calibration: Calibration, settings: RoundSettings) -> RoundsFile:
     records: list[RoundRecord] = []
     for number in range(1, settings.max_rounds + 1):
         units = dict(current.units or {})
-        proposal = propose(calibration, current, counts, f"the merge, round {number}")
+        proposal = propose(calibration, current, counts, f"the merge, round {number}", settings.certainty)
         direction: Units = {kind: switch(units)[kind] * wanted for kind, wanted in proposal.wanted.items()}
-        kept = agreed(calibration, proposal.along, counts, direction)
+        kept = agreed(calibration, proposal.along, counts, direction, settings.certainty)
         proposed, changed = (int(sum(mask.sum() for mask in masks.values())) for masks in (proposal.wanted, kept))
         if changed == 0:
             break
@@ -141,6 +142,7 @@ def _rounds(calibration: Calibration, settings: RoundSettings) -> RoundsFile:
         current, at, gain = following, there, new_gain
     metadata = RoundsMetadata(
         tokens=settings.tokens,
+        certainty=settings.certainty,
         base=calibration.base.id,
         experts={name: expert.id for name, expert in calibration.experts.items()},
         behaviors=settled_behaviors(calibration, base_loss, own, sum_loss, at),

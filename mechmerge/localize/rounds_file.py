@@ -21,15 +21,17 @@ from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import ModelId
 
 Array = np.ndarray
+CERTAINTY = 2.0
+"""Standard errors by which turning a component over must help, where nothing else is asked (benchmarks/log.md, 2026-11-28)."""
 
 
 class RoundRecord(Document):
     """One round: what was changed from the round before, or, of the method `solve`, from the sum."""
 
     proposed: int
-    """Components whose sign at the current merge agrees on both halves and asks for a change."""
+    """Components whose effect at the current merge asks for a change on both halves (and with the file's `certainty`)."""
     changed: int
-    """Those whose effect along the path to the proposal agrees as well."""
+    """Those whose effect along the path to the proposal does as well."""
     predicted: dict[str, float]
     """Change of loss by behaviour that the path's effects predict for what was changed, nats per answer token (`tokens`)."""
     realised: dict[str, float]
@@ -89,6 +91,8 @@ class RoundsMetadata(Document):
     """How the coefficients were found."""
     tokens: Tokens = "all"
     """Which tokens of an answer its loss is the mean over."""
+    certainty: float = 0.0
+    """Standard errors by which a change had to help, beside helping on both halves of the prompts; of the method `rounds`."""
     experts: dict[str, ModelId]
     """Experts in the order of the tensors' first dimension."""
     rest: dict[str, float] = Field(default_factory=dict)

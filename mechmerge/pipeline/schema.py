@@ -10,6 +10,7 @@ from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
 from mechmerge.localize.effect_file import LEAST_MASKS, Origin, Tokens
+from mechmerge.localize.rounds_file import CERTAINTY
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -19,7 +20,7 @@ RECIPE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    "conflict": ("weight", "weighting", "agreement"),
+    "conflict": ("weight", "weighting", "agreement", "certainty"),
     "rounds": (),
     "solve": ("budget", "limit", "agreement", "unproven"),
     "top": ("budget", "overlap"),
@@ -92,6 +93,7 @@ class RoundsPlan(Document):
     prompts: int = Field(default=48, ge=4)
     max_rounds: int = Field(default=4, ge=1, le=4)
     tokens: Tokens = "contested"
+    certainty: float = Field(default=CERTAINTY, ge=0, allow_inf_nan=False)
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 

@@ -66,6 +66,7 @@ RANGES: dict[str, Open] = {
     "budget": Open(name="budget", low=0.05, high=1.0, log=True),
     "overlap": Open(name="overlap", choices=("sum", "share", "winner")),
     "agreement": Open(name="agreement", choices=(True, False)),
+    "certainty": Open(name="certainty", low=0.0, high=3.0),
     "density": Open(name="density", low=0.1, high=1.0),
     "lambda": Open(name="lambda", low=0.5, high=2.0, log=True),
 }

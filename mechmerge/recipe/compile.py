@@ -105,9 +105,9 @@ def compile_recipe(
     Args:
         policy: one of `POLICIES`.
         sources: the measured files; baselines and controls take only the models' identities (and delta norms) from them.
-        parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement; `solve`: budget,
-            limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`: budget, scale,
-            overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
+        parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement, certainty;
+            `solve`: budget, limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`:
+            budget, scale, overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
             All: `strength.EXPERT`, which multiplies every coefficient of an expert (recipe/strengths.py).
         seed: of what is drawn at random: `random` and `DRAWN`.
         like: for the controls, the recipe whose shares they copy, with its masks.
@@ -253,6 +253,8 @@ def _call(policy: str, function: Callable[..., Choice], measured: Any, settings:
             raise InputError(f"policy {policy}: {name}", expected=f"one of {', '.join(choices)}", found=repr(settings[name]))
     if policy == "top" or "budget" in settings:
         _number(policy, "budget", settings.get("budget"), 0, 1)
+    if "certainty" in settings:
+        _number(policy, "certainty", settings["certainty"], 0, np.inf)
     for name in ("agreement", "unproven"):
         if not isinstance(settings.get(name, False), bool):
             raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(settings[name]))

@@ -177,12 +177,24 @@ def _asking(effects: EffectFile, b: int) -> str:
 
 
 def sums(effects: EffectFile, component: Component, e: int, counts: Array) -> dict[str, Any]:
-    """A component's weighted effect over all behaviours: on all prompts, and on each half."""
-    row: dict[str, Any] = {"sum": figure(float(np.tensordot(counts, part_of(effects, "effect", component)[:, e], 1).sum()))}
+    """A component's weighted effect over all behaviours: on all prompts with its standard error, and on each half."""
+    whole, error = weighed(effects, component, e, counts)
+    row: dict[str, Any] = {"sum": figure(whole)} | ({} if error is None else {"standard error": figure(error)})
     halves = part_of(effects, "half", component)
     if halves.size:
         row |= {f"half {h + 1}": figure(float(np.tensordot(counts, halves[h, :, e], 1).sum())) for h in (0, 1)}
     return row
+
+
+def weighed(effects: EffectFile, component: Component, e: int, counts: Array) -> tuple[float, float | None]:
+    """A component's weighted effect on all prompts, and its standard error: None where it has parts, whose errors do not add
+    up, or where the file has none.
+    """
+    whole = float(np.tensordot(counts, part_of(effects, "effect", component)[:, e].astype(np.float64), 1).sum())
+    errors = part_of(effects, "stderr", component)[:, e].astype(np.float64)
+    if component.kind not in UNIT_KINDS or not errors.size:
+        return whole, None
+    return whole, float(np.sqrt(counts**2 @ errors[:, 0] ** 2))
 
 
 def verdict(recipe: Recipe, found: Coefficients, effects: EffectFile, component: Component, e: int, counts: Array) -> str:
@@ -210,7 +222,13 @@ def verdict(recipe: Recipe, found: Coefficients, effects: EffectFile, component:
     negative = int((sums < 0).sum())
     where = "on both halves" if agreement else "on all prompts"
     said = f"< 0 {where}" if negative == len(sums) else "< 0 on one half" if negative else f"≥ 0 {where}"
-    unlike = (negative == len(sums)) != (value == 0) and recipe.policy.parameters.get(f"strength.{name}", 1.0) != 0
+    harmful = negative == len(sums)
+    least = float(recipe.policy.parameters.get("certainty", 0.0))
+    whole, error = weighed(effects, component, e, counts)
+    if harmful and least and error is not None:
+        harmful = -whole > least * error
+        said += "" if harmful else f", by less than {least:g} standard errors"
+    unlike = harmful != (value == 0) and recipe.policy.parameters.get(f"strength.{name}", 1.0) != 0
     return f"{got}: {said}" + (", so not by these effects" if unlike else "")
 
 

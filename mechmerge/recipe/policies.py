@@ -106,6 +106,7 @@ def conflict(
     weights: Mapping[str, float] | None = None,
     agreement: bool = True,
     weighting: Weighting = "own-gain",
+    certainty: float = 0.0,
 ) -> Choice:
     """All deltas at coefficient 1, except heads, KV groups and neurons that harm the behaviours taken together, at 0.
 
@@ -114,26 +115,34 @@ def conflict(
         weights: weights by behaviour, in the place of those in the file.
         agreement: drop only what is harmful on both halves of the calibration prompts (else: on their mean).
         weighting: see `behavior_weights`.
+        certainty: standard errors (over topics, behaviours taken for independent) by which the effect on all prompts must be
+            below 0; 0: any harm counts.
 
     Raises:
-        SchemaError: the file holds no effects of a kind, or no halves although agreement is asked for.
+        SchemaError: the file holds no effects or errors of a kind, or no halves although agreement is asked for.
         InputError: see `behavior_weights`.
     """
     metadata = effects.metadata
     w = behavior_weights(metadata.behaviors, weights, weighting, metadata.metric)
     masks: Masks = {}
     for kind in UNIT_KINDS:
-        measure = f"{kind}.half" if agreement else f"{kind}.effect"
-        if measure not in effects.arrays:
-            raise SchemaError("effect file", expected=f"a tensor {measure}", found="none", fix="measure the effects again")
-        values = effects.arrays[measure].astype(np.float64)
-        total = np.tensordot(w, values, axes=(0, 1 if agreement else 0))
-        harmful: Array = np.all(total < 0, axis=0) if agreement else np.less(total, 0)
+        total = np.tensordot(w, _tensor(effects, f"{kind}.effect"), 1)
+        harmful: Array = np.less(total, 0)
+        if agreement:
+            harmful = np.all(np.tensordot(w, _tensor(effects, f"{kind}.half"), axes=(0, 1)) < 0, axis=0)
+        if certainty:
+            harmful &= -total > certainty * np.sqrt(np.tensordot(w**2, _tensor(effects, f"{kind}.stderr") ** 2, 1))
         for i, expert in enumerate(metadata.experts):
             masks[f"{expert}.{kind}"] = np.where(harmful[i], 0, 1).astype(np.float32)
     defaults = dict.fromkeys(metadata.experts, 1.0)
     notes = tuple(f"effects on {name}: {caveat}" for name, caveat in metadata.caveats.items())
     return Choice(defaults, masks, predicted_change(effects, defaults, masks), metadata.metric, notes)
+
+
+def _tensor(effects: EffectFile, name: str) -> Array:
+    if name not in effects.arrays:
+        raise SchemaError("effect file", expected=f"a tensor {name}", found="none", fix="measure the effects again")
+    return effects.arrays[name].astype(np.float64)
 
 
 def rounds(file: RoundsFile) -> Choice:

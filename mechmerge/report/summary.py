@@ -51,14 +51,15 @@ CURVES_SAID = (
 )
 ROUNDS_SAID = (
     "Starting from the sum, each round turned over the components whose effect at the merge, and along the path to the "
-    "change, agreed on both halves of the calibration prompts. Weighted gain: Σ weight × (base's loss − loss) / own "
-    "expert's gain. Losses in {unit}, on calibration answers."
+    "change, asked for it on both halves of the calibration prompts{certainty}. Weighted gain: Σ weight × (base's loss − "
+    "loss) / own expert's gain. Losses in {unit}, on calibration answers."
 )
 
 
 def rounds_said(metadata: RoundsMetadata) -> str:
     """What is said of rounds, with the unit of their losses."""
-    return ROUNDS_SAID.format(unit=unit_of("loss", metadata.tokens))
+    sure = f" and by {metadata.certainty:g} standard errors on all of them" if metadata.certainty else ""
+    return ROUNDS_SAID.format(unit=unit_of("loss", metadata.tokens), certainty=sure)
 
 
 def write_report(
