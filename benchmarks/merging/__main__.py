@@ -10,7 +10,8 @@ Three families of experts (families.py) with three training seeds each; every ba
 equal information (tuning.py). What counts is the retained gain on the test split, 396 prompts a model (492 with JSON), with
 intervals over topics and seeds (gains.py). Nothing is chosen on test; the headline policy, `rounds`, was
 named before any run of this benchmark, but not before the demo had asked both policies these prompts with the experts of
-`conflict`, seed 0, and the tokens that its loss weighs were chosen on develop after a run of that seed (benchmarks/log.md).
+`conflict`, seed 0, and the tokens that its loss weighs and the certainty of its changes were chosen on develop after a run of
+that seed (benchmarks/log.md).
 
 Goals: on `conflict` the headline policy retains ≥ .9 on average, and its mean and minimum are ≥ 10 points above those of the
 baselines that are best on develop by the mean and by the minimum; on `mild` the lower end of its difference to the best

@@ -18,7 +18,8 @@ SHUFFLES = 5
 TELLING = ("rounds", "conflict")
 """The policies of the telling wave, the headline policy first. It was named before any run of this benchmark; but the demo has
 answered the test prompts with both, with the experts of `conflict`, seed 0 (benchmarks/results/demo-2026-11-22.json), and the
-tokens that its loss weighs were chosen on the develop split of that seed, after a run of it (benchmarks/log.md, 2026-11-28).
+tokens that its loss weighs, and the standard errors by which a change must help, were chosen on the develop split of that seed,
+after a run of it (benchmarks/log.md, 2026-11-28).
 """
 HEADLINE = TELLING[0]
 MEASURED: dict[str, Measured] = {
