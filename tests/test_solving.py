@@ -336,6 +336,7 @@ def test_the_commands(base: Model, expert: Model, second_expert: Model, tmp_path
     [
         (["--solve", "E", "--plan"], "rounds --solve: expected what belongs to a solution.*found --plan"),
         (["--solve", "E", "--max-rounds", "2"], "found --max-rounds"),
+        (["--solve", "E", "--certainty", "1"], "found --certainty"),
         (["--tolerance", "0.2"], r"expected --solve EFFECTS with what belongs to it \(tolerance\)"),
         (["--no-agreement", "--budget", "0.3"], r"\(budget, agreement\)"),
     ],
