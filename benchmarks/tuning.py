@@ -4,7 +4,8 @@ The demo's pair, on its develop split; one evaluation function for all (pipeline
 few prompts, its quality the mean of the headline metrics. In one run:
 
 1. *task arithmetic*, swept over one weight for both experts: the best of it plus a margin is the quality to reach;
-2. *tune*: the policy `conflict` with its open parameters, as `mechmerge tune` searches them;
+2. *tune*: the policy `conflict` with its open parameters, as `mechmerge tune` searches them, to the last trial, so that the best
+   quality it finds is told as well;
 3. *CMA-ES* (https://arxiv.org/abs/1604.00772, by `cma`) over layer weights, the search space of mergekit-evolve
    (https://arxiv.org/abs/2403.13187): a weight for each expert and each five layers, started at 1/2 with a step of 1/6, its
    defaults; negative weights are taken as positive ones, as there.
@@ -175,16 +176,17 @@ def measure(folder: Path, quick: bool, seeds: int, prompts: int, evaluations: in
     recipe = plan.recipes[POLICY]
     space = space_of(recipe, tuple(source.experts), tuple(plan.behaviors))
     for seed in range(seeds):
-        settings = TuneSettings(trials=trials, patience=trials, target=target, limit=prompts, seed=seed)
+        settings = TuneSettings(trials=trials, patience=trials, limit=prompts, seed=seed)
         made, _ = Search(recipe, space, sources, {}, examiner, settings, folder, progress).run()
         # The estimate of a trial that was given up is at most the best one's quality: it reaches nothing by itself.
         tuned = [trial.quality or 0.0 for trial in made]
+        reached = until(tuned, target, trials)
         evolved = evolve(quality, (experts, layers // GRANULARITY), seed, evaluations, target)
-        needed["tune"].append(until(tuned, target, trials))
+        needed["tune"].append(reached)
         needed["CMA-ES"].append(until(evolved, target, evaluations))
         figures |= {
             f"seed {seed}, tune: evaluations": needed["tune"][-1],
-            f"seed {seed}, tune: prompts answered": sum(trial.prompts for trial in made),
+            f"seed {seed}, tune: prompts answered until then": sum(trial.prompts for trial in made[:reached]),
             f"seed {seed}, tune: untuned quality": tuned[0],
             f"seed {seed}, tune: best quality": max(tuned),
             f"seed {seed}, CMA-ES: evaluations": needed["CMA-ES"][-1],
