@@ -4,8 +4,8 @@ The demo's pair, on its develop split; one evaluation function for all (pipeline
 few prompts, its quality the mean of the headline metrics. In one run:
 
 1. *task arithmetic*, swept over one weight for both experts: the best of it plus a margin is the quality to reach;
-2. *tune*: the policy `conflict` with its open parameters, as `mechmerge tune` searches them, to the last trial, so that the best
-   quality it finds is told as well;
+2. *tune*: the policy `conflict` with its open parameters, as `mechmerge tune` searches them, to the last trial, so that
+   the best quality it finds is told as well;
 3. *CMA-ES* (https://arxiv.org/abs/1604.00772, by `cma`) over layer weights, the search space of mergekit-evolve
    (https://arxiv.org/abs/2403.13187): a weight for each expert and each five layers, started at 1/2 with a step of 1/6, its
    defaults; negative weights are taken as positive ones, as there.
