@@ -84,12 +84,12 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
     path: Units = {kind: np.sum([part[kind] for part in parts], axis=0) for kind in parts[0]}
 
     whole = everything(calibration)
-    first = propose(calibration, whole, counts, "the sum")
+    first = propose(calibration, whole, counts, "the sum", certainty=0.0)
     points = {"sum": (whole, first), "merge": (_settled(calibration, first, counts), None)}
     figures: dict[str, Any] = {"masks a starting point": 0}
     for title, (here, known) in points.items():
         at = calibration.losses(here, title)
-        local = (known or propose(calibration, here, counts, title)).along
+        local = (known or propose(calibration, here, counts, title, certainty=0.0)).along
         masks = masks_of(calibration, path if title == "sum" else local, counts, here, 8 if quick else LEAST_MASKS)
         figures["masks a starting point"] = len(masks)
         found: dict[str, list[np.ndarray]] = {key: [] for key in ("path", "local", "measured", "apart", "elsewhere")}
@@ -111,11 +111,11 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _settled(calibration: Calibration, proposal: Proposal, counts: np.ndarray) -> Point:
-    """What a round leaves of the sum: proposed components whose effects along the short path still agree on both halves."""
+    """What a round by the halves alone leaves of the sum: without what is proposed and still agrees along the short path."""
     start = everything(calibration)
     units = dict(start.units or {})
     direction = {kind: switch(units)[kind] * wanted for kind, wanted in proposal.wanted.items()}
-    kept = agreed(calibration, proposal.along, counts, direction)
+    kept = agreed(calibration, proposal.along, counts, direction, certainty=0.0)
     return Point(start.rest, turned_over(units, kept))
 
 

@@ -487,14 +487,21 @@ def test_a_vocabulary_in_files_of_its_own_is_read_and_compared(tmp_path: Path) -
         (folder / "tokenizer.json").unlink()
         assert token_ids(folder) is None
         (folder / "vocab.json").write_text(json.dumps({t: i for t, i in ids.items() if t not in ("<a>", "<b>")}))
-        (folder / "added_tokens.json").write_text(json.dumps({"<a>": ids["<a>"]}))
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        told = settings.get("added_tokens_decoder", {}) | {str(ids["<b>"]): {"content": added}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": told}))
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": None}
+        if name == "apart":
+            (folder / "added_tokens.json").write_text(json.dumps({"<a>": ids["<a>"], added: ids["<b>"]}))
+        else:  # what stands here is not looked at, as transformers does not
+            (folder / "added_tokens.json").write_text(json.dumps({"<stale>": 7}))
+            settings["added_tokens_decoder"] = {str(ids["<a>"]): {"content": "<a>"}, str(ids["<b>"]): {"content": added}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert token_ids(folders["apart"]) == ids
     whole, apart, other = (Checkpoint(folder) for folder in folders.values())
     check_pair(whole, apart)
     with pytest.raises(PairError, match=r"<[bc]>"):
+        check_pair(whole, other)
+    assert "<stale>" not in (token_ids(folders["other"]) or {})
+    (folders["other"] / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"other/tokenizer_config\.json"):
         check_pair(whole, other)
     (folders["apart"] / "vocab.json").write_text('{"!": "three"}')
     with pytest.raises(CheckpointError, match=r"apart/vocab\.json"):

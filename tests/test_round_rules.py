@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mechmerge.errors import LocalizeError
 from mechmerge.localize.calibration import BASE, BehaviorRow, Calibration, Example, Point
-from mechmerge.localize.proposal import NODES, agreed, drop, everything, per_nat, propose, switch, turned_over
+from mechmerge.localize.proposal import NODES, agreed, drop, everything, per_nat, propose, standard_errors, switch, turned_over
 from mechmerge.localize.rounds import RoundSettings, _rounds
 from mechmerge.localize.rounds_file import RoundsFile
 from mechmerge.models.components import UNIT_KINDS
@@ -96,14 +96,17 @@ class Landscape(Calibration):
     def error(self, values: np.ndarray, per: Sequence[float]) -> np.ndarray:
         """The standard error over topics of the weighted sum of the rows' means, written out, [...]."""
         variance = np.zeros(values.shape[1:])
-        for r, mean in enumerate(self.by_row(values)):
+        for r in range(len(self.rows)):
             own = [i for i, example in enumerate(self.examples) if example.row == r]
+            means = {
+                m: values[[i for i in own if self.examples[i].member == m]].mean(0) for m in range(len(self.rows[r].members))
+            }
             members = [sum(self.examples[i].member == m for i in own) for m in range(len(self.rows[r].members))]
             sums: dict[str, np.ndarray] = {}
             for i in own:
                 share = 1 / len(members) / members[self.examples[i].member]
                 topic = self.examples[i].topic or f"{i}"
-                sums[topic] = sums.get(topic, 0) + share * (values[i] - mean)
+                sums[topic] = sums.get(topic, 0) + share * (values[i] - means[self.examples[i].member])
             variance += per[r] ** 2 * len(sums) / (len(sums) - 1) * sum(value**2 for value in sums.values())
         return np.sqrt(variance)
 
@@ -248,6 +251,19 @@ def test_only_what_helps_on_both_halves_agrees() -> None:
         sure_flat = np.concatenate([sure[kind].reshape(2, -1) for kind in UNIT_KINDS], 1)
         assert (sure_flat == found_flat & (z > certainty)).all()
         assert 0 < sure_flat.sum() < found_flat.sum()
+
+
+def test_how_members_differ_is_no_error() -> None:
+    """Two members with effects of 1 and −1 and no noise, one with fewer answers, of topics of its own."""
+    rows = [BehaviorRow("both", (behavior("one"), behavior("two")), "a")]
+    examples = [(0, 0, half) for half in (0, 1) for _ in range(4)] + [(0, 1, 0), (0, 1, 1)]
+    land = Landscape(rows, examples, lambda c: np.zeros(10), lambda c: np.zeros((10, 1, SIZE)), "a", topics="abcdefghij")
+    values = np.array([1.0] * 8 + [-1.0] * 2)[None, :, None, None]
+    assert standard_errors(land, values).max() < 1e-12
+    noisy = values + np.array([0.1, -0.1] * 5)[None, :, None, None]
+    assert standard_errors(land, noisy)[0, 0, 0, 0] == pytest.approx(
+        (10 / 9 * (8 * (0.1 / 16) ** 2 + 2 * (0.1 / 4) ** 2)) ** 0.5
+    )
 
 
 def test_components_that_agree_on_one_half_alone_are_left() -> None:

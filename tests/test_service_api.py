@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message, Receive, Scope, Send
 
+from mechmerge.service.api import jobs
 from mechmerge.service.guard import Guard
 from mechmerge.service.log import write_event
 from mechmerge.service.settings import Settings
@@ -455,6 +456,9 @@ def test_submissions(api: Served) -> None:
         assert (made.status_code, again.status_code) == (201, 200)
         assert made.json() == again.json()
         id = made.json()["id"]
+        assert client.post("/api/jobs", json=body | {"priority": 3}).json()["id"] == id, "a priority says nothing of the work"
+        (api.service.folder(id) / "input" / "left.txt").write_text("by a worker")
+        assert client.post("/api/jobs", json=body).status_code == 200
         commented = {name: f"{text}# as before\n" for name, text in body["files"].items()}
         for other in (submission("good/base", "good/expert", seed=7), {"files": commented}):
             refused = client.post("/api/jobs", json=body | other)
@@ -483,6 +487,24 @@ def test_publishing_is_checked_before_it_is_queued(api: Served, done: Job) -> No
             (done.id, {"repo": "us/model"}, 202),
         ):
             assert client.post(f"/api/jobs/{id}/publish", json=body).status_code == status, body
+
+
+def test_publications_under_a_key(api: Served, done: Job) -> None:
+    with api.client("publish") as client:
+        path, body = f"/api/jobs/{done.id}/publish", {"repo": "us/model", "key": "once-and-for-all"}
+        first, again = client.post(path, json=body), client.post(path, json=body | {"mode": "main"})
+        assert (first.status_code, again.status_code) == (202, 200)
+        assert again.json()["id"] == first.json()["id"], "what is the default anyway is the same request"
+        assert client.post(path, json=body | {"dry_run": True}).status_code == 409
+
+
+def test_a_job_from_before_requests_were_kept_answers_to_its_key(api: Served) -> None:
+    body = submission("good/base", "good/expert") | {"key": "from-another-version"}
+    with api.client("run") as client:
+        id = client.post("/api/jobs", json=body).json()["id"]
+        (api.service.folder(id) / jobs.ASKED).unlink()
+        assert client.post("/api/jobs", json=body).json()["id"] == id
+        assert client.post(f"/api/jobs/{id}/cancel").status_code == 200
 
 
 def test_metrics_are_in_prometheus_format(api: Served, done: Job) -> None:

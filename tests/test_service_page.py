@@ -501,6 +501,25 @@ def test_the_button_is_there_for_those_who_may_publish(guarded: Shown, role: str
         assert client.get("/new").status_code == (403 if role == "read" else 200)
 
 
+def test_a_form_that_was_changed_after_it_was_sent_gets_a_new_key(guarded: Shown) -> None:
+    """Sent, back, changed, sent again: the first key names the first request, and the form that comes back has another."""
+    with session(guarded, "publish") as (client, csrf):
+        path = f"/runs/{guarded.id}/publish"
+        form = {"csrf": csrf, "repo": "writer/one", "mode": "main", "key": "the-first-form"}
+        first, again = (client.post(path, data=form) for _ in range(2))
+        assert first.status_code == again.status_code == 303
+        assert first.headers["location"] == again.headers["location"]
+        changed = client.post(path, data=form | {"repo": "writer/two"})
+        assert changed.status_code == 409
+        assert "the request that it was first sent with" in changed.text
+        keys = set(re.findall(r'name="key" value="([^"]+)"', changed.text))
+        assert keys
+        assert "the-first-form" not in keys
+        other = client.post(path, data=form | {"repo": "writer/two", "key": keys.pop()})
+        assert other.status_code == 303
+        assert other.headers["location"] != first.headers["location"]
+
+
 def test_without_a_session_every_page_leads_to_the_login(guarded: Shown) -> None:
     with httpx.Client(base_url=guarded.served.url, trust_env=False) as client:
         for path in ("/", "/new", *(f"/runs/{guarded.id}/{part}".rstrip("/") for part in PARTS)):

@@ -124,6 +124,7 @@ class Study:
         wanted: dict[str, Any] = {"sizes": json.loads(json.dumps(asdict(self.sizes))), "base": self.base_reference}
         wanted["evaluation"] = SETTINGS.model_dump(mode="json")
         wanted["suites"] = prompts_of(self.sizes.limit)
+        wanted |= {"rounds": self._of_rounds.model_dump(mode="json"), "effects": self._of_effects.model_dump(mode="json")}
         path = self.home / "settings.json"
         if not path.exists():
             write_json(path, wanted)
@@ -177,13 +178,20 @@ class Study:
         """What effects, rounds and fine-tuning are measured on."""
         return rows(self.family)
 
+    @property
+    def _of_effects(self) -> EffectSettings:
+        return EffectSettings(prompts=self.sizes.prompts, max_nodes=self.sizes.max_nodes)
+
+    @property
+    def _of_rounds(self) -> RoundSettings:
+        return RoundSettings(prompts=self.sizes.prompts, max_rounds=self.sizes.max_rounds)
+
     def effects(self) -> Path:
         """The effect matrix, measured where it is not there yet."""
         out = self.folder / "effects.safetensors"
         if not out.exists():
             self._begin()
-            settings = EffectSettings(prompts=self.sizes.prompts, max_nodes=self.sizes.max_nodes)
-            measure_effects(self.base, self.experts, self.rows(), out, settings, self.progress)
+            measure_effects(self.base, self.experts, self.rows(), out, self._of_effects, self.progress)
         return out
 
     def rounds(self) -> Path:
@@ -191,8 +199,7 @@ class Study:
         out = self.folder / "rounds.safetensors"
         if not out.exists():
             self._begin()
-            settings = RoundSettings(prompts=self.sizes.prompts, max_rounds=self.sizes.max_rounds)
-            settle(self.base, self.experts, self.rows(), out, settings, self.progress)
+            settle(self.base, self.experts, self.rows(), out, self._of_rounds, self.progress)
         return out
 
     def scores(self) -> list[Path]:

@@ -65,6 +65,19 @@ def pair_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return vocabulary(positions(function))
 
 
+class Finite(click.FloatRange):
+    """A range of numbers without NaN, which no comparison finds outside a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number.
+
+        Raises:
+            click.BadParameter: it is no number of the range.
+        """
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number.", param, ctx) if number != number else number
+
+
 def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Behaviours with their experts and weights, and how they are measured."""
     options = (

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import click
 
 from mechmerge.cli.common import (
+    Finite,
     format_option,
     make_progress,
     named,
@@ -75,7 +76,7 @@ class CommandWithOthers(click.Command):
     default=None,
     help="conflict: drop only what harms on both halves of the prompts; solve: the worst case is that of both halves.",
 )
-@click.option("--certainty", type=click.FloatRange(0),
+@click.option("--certainty", type=Finite(0, 100),
               help="conflict: standard errors by which a component must harm to be dropped (0: any harm).")  # fmt: skip
 @click.option(
     "--protect", multiple=True, metavar="NAME=W", help="conflict: weight of a protected behaviour of the effect file."

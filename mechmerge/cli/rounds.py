@@ -9,6 +9,7 @@ import click
 
 from mechmerge.cli.common import (
     BehaviorCommand,
+    Finite,
     calibration_options,
     device_option,
     format_option,
@@ -42,7 +43,7 @@ def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option("--metric", default="loss", show_default=True, expose_value=False, callback=loss_alone,
               help="Rounds are measured on the loss alone.")  # fmt: skip
 @click.option("--max-rounds", type=click.IntRange(1, 4), help="Most rounds (4).")
-@click.option("--certainty", type=click.FloatRange(0),
+@click.option("--certainty", type=Finite(0, 100),
               help="Standard errors by which turning a component over must help (2).")  # fmt: skip
 @click.option("--solve", "effects", type=click.Path(path_type=Path, dir_okay=False), metavar="EFFECTS",
               help="Instead of rounds: a linear program over this effect file, measured, and once more if off.")  # fmt: skip

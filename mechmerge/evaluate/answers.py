@@ -199,7 +199,7 @@ class Speaker:
             "config": {k: v for k, v in self.model.checkpoint().config.items() if k not in VOLATILE},
             "prompts": digest(tokens),
             "ends": self._ends(),
-            "tokenizer": sha256_file(vocabulary) if vocabulary.exists() else type(self.tokenizer).__name__,
+            "tokenizer": sha256_file(vocabulary) if vocabulary.exists() else [type(self.tokenizer).__name__, self.model.sides],
             "answer_tokens": answer_tokens,
             "decoding": ["greedy", settings.dtype, "exact" if settings.exact else settings.batch, settings.device],
             "engine": engine,

@@ -9,8 +9,8 @@ https://arxiv.org/abs/1703.01365). Using it across experts to decide a merge is 
 Nodes are adaptive: each interval of the path has two Gauss-Legendre nodes, the value at its ends is known, so the error of
 each interval is exact; the worst one is halved until the completeness error is small enough or the nodes run out.
 
-With the origin `sum` the path is the short one from the sum to what a round would leave of it (localize/proposal.py): effects
-where merges are decided, at five points.
+With the origin `sum` the path is the short one from the sum to what is left of it without all that harms on both halves
+(localize/proposal.py): effects where merges are decided, at five points.
 
 Cost, in forward-equivalents (tokens through all layers, over those of the measured texts): at a node a behaviour takes one
 forward pass, one backward pass (to activations alone: no weight has a gradient), and one product with the deltas of each of the
@@ -139,7 +139,7 @@ def _from_the_sum(calibration: Calibration, settings: EffectSettings) -> EffectF
     start = everything(calibration)
     base, own = references(calibration)
     at = mean_losses(calibration, start, "the sum")
-    proposal = propose(calibration, start, per_nat(calibration, base - own), "the sum")
+    proposal = propose(calibration, start, per_nat(calibration, base - own), "the sum", certainty=0.0)
     there = mean_losses(calibration, proposal.point, "the proposal")
     change = {kind: array - 1 for kind, array in (proposal.point.units or {}).items()}
     error = np.abs(drop(calibration, proposal.along, change) - (at - there))

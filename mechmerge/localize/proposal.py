@@ -6,7 +6,7 @@ Rounds (localize/rounds.py) decide by them, effects from the sum (localize/effec
 (localize/linearity.py) is theirs (ours).
 
 Many components harm a little, and a merge that leaves all of them out is not what their effects add up to: what is predicted
-of a few is. So only what is far from nothing is changed at a time (`CERTAINTY`; benchmarks/log.md has what that is worth).
+of a few is. So rounds change only what is far from nothing (`certainty`; benchmarks/log.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from mechmerge.errors import LocalizeError
 from mechmerge.localize.anchor import standard_error
 from mechmerge.localize.calibration import Calibration, Point
 from mechmerge.localize.integrals import gauss_legendre, integrate
-from mechmerge.localize.rounds_file import CERTAINTY
 from mechmerge.models.components import UNIT_KINDS
 
 Array = np.ndarray
@@ -89,7 +88,7 @@ def per_nat(calibration: Calibration, gains: Array) -> Array:
     return np.array([row.weight / (1.0 if row.protected else gain) for row, gain in zip(rows, gains, strict=True)])
 
 
-def propose(calibration: Calibration, current: Point, counts: Array, label: str, certainty: float = CERTAINTY) -> Proposal:
+def propose(calibration: Calibration, current: Point, counts: Array, label: str, certainty: float) -> Proposal:
     """What the gradients at a merge ask for, and the effects on the way there.
 
     Args:
@@ -121,7 +120,7 @@ def agreed(
     values: Mapping[str, Array],
     counts: Array,
     direction: Mapping[str, Array],
-    certainty: float = CERTAINTY,
+    certainty: float,
 ) -> dict[str, Array]:
     """Components for which the change in `direction` (0: none) surely helps: kind → bool [E, layers, units].
 
@@ -146,13 +145,18 @@ def agreed(
 
 def standard_errors(calibration: Calibration, values: Array) -> Array:
     """Standard errors over topics of each behaviour's mean effect, [R, E, layers, units], from those of every example,
-    [E, n, layers, units].
+    [E, n, layers, units]. A group's members are not drawn: how they differ from one another is no error, also where some
+    have more answers than others.
     """
-    told = [example.topic or f"{i}" for i, example in enumerate(calibration.examples)]
-    by_example, errors = values.swapaxes(0, 1), []
+    examples, errors = calibration.examples, []
+    told = [example.topic or f"{i}" for i, example in enumerate(examples)]
+    members = np.array([example.member for example in examples])
     for row in calibration.weights():
         own = np.flatnonzero(row)
-        errors.append(standard_error(by_example[own], [told[i] for i in own], row[own]))
+        apart = values[:, own].swapaxes(0, 1).astype(np.float64)
+        for member in np.unique(members[own]):
+            apart[members[own] == member] -= apart[members[own] == member].mean(0)
+        errors.append(standard_error(apart, [told[i] for i in own], row[own]))
     return np.stack(errors)
 
 

@@ -39,7 +39,7 @@ from mechmerge.localize.proposal import (
     switch,
     turned_over,
 )
-from mechmerge.localize.rounds_file import CERTAINTY, RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
+from mechmerge.localize.rounds_file import CERTAINTY, MOST_CERTAIN, RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
 from mechmerge.localize.settings import loss_of_rounds
 from mechmerge.models.deltas import unit_parameters
 from mechmerge.models.references import Model
@@ -65,7 +65,7 @@ class RoundSettings(LossSettings):
     """
     max_rounds: int = Field(default=4, ge=1, le=4)
     """Most rounds."""
-    certainty: float = Field(default=CERTAINTY, ge=0, allow_inf_nan=False)
+    certainty: float = Field(default=CERTAINTY, ge=0, le=MOST_CERTAIN, allow_inf_nan=False)
     """Standard errors (over topics) by which turning a component over must help; 0: that it helps on both halves is enough."""
 
 
@@ -117,6 +117,10 @@ def _rounds(calibration: Calibration, settings: RoundSettings) -> RoundsFile:
         kept = agreed(calibration, proposal.along, counts, direction, settings.certainty)
         proposed, changed = (int(sum(mask.sum() for mask in masks.values())) for masks in (proposal.wanted, kept))
         if changed == 0:
+            sure = f", by {settings.certainty:g} standard errors" if settings.certainty else ""
+            calibration.progress.note(
+                f"round {number}: no change helps on both halves of the prompts{sure}: the merge stays as it is"
+            )
             break
         following = Point(current.rest, turned_over(units, kept))
         there = mean_losses(calibration, following, f"the merge after round {number}")

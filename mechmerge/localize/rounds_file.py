@@ -23,6 +23,8 @@ from mechmerge.models.references import ModelId
 Array = np.ndarray
 CERTAINTY = 2.0
 """Standard errors by which turning a component over must help, where nothing else is asked (benchmarks/log.md, 2026-11-28)."""
+MOST_CERTAIN = 100.0
+"""Standard errors beyond which nothing is asked for."""
 
 
 class RoundRecord(Document):

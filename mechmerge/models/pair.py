@@ -72,36 +72,41 @@ def token_ids(folder: Path) -> dict[str, int] | None:
     """Token string → id (added tokens included) from tokenizer.json, or else from vocab.json and the added tokens beside it;
     None where there is neither (SentencePiece's `tokenizer.model` alone is not read).
     """
-    for name, read in (("tokenizer.json", _of_tokenizers), ("vocab.json", _of_vocabulary)):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            ids = read(path)
-            if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
-                raise ValueError(f"{odd[0]!r} has no number")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
-        return ids
-    return None
+    if (folder / "tokenizer.json").exists():
+        return _numbers(folder / "tokenizer.json", _of_tokenizers)
+    if not (folder / "vocab.json").exists():
+        return None
+    ids = _numbers(folder / "vocab.json", dict)
+    # As transformers reads them: where the settings tell of added tokens, the older file of them is not looked at.
+    for name, read in (("tokenizer_config.json", _of_settings), ("added_tokens.json", dict)):
+        if (folder / name).exists() and (added := _numbers(folder / name, read)):
+            return ids | added
+    return ids
 
 
-def _of_tokenizers(path: Path) -> dict[str, int]:
-    parsed: Any = json.loads(path.read_text("utf-8"))
+def _numbers(path: Path, read: Callable[[Any], dict[str, int]]) -> dict[str, int]:
+    """The numbers of tokens that `read` finds in a JSON file.
+
+    Raises:
+        CheckpointError: the file is not what it should be.
+    """
+    try:
+        ids = read(json.loads(path.read_text("utf-8")))
+        if odd := [token for token, number in ids.items() if not isinstance(token, str) or type(number) is not int]:
+            raise ValueError(f"{odd[0]!r} has no number")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(str(path), expected="a tokenizers file with a vocabulary", found=repr(error)) from None
+    return ids
+
+
+def _of_tokenizers(parsed: Any) -> dict[str, int]:
     vocabulary = parsed["model"]["vocab"]
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
     return ids | {token["content"]: token["id"] for token in parsed.get("added_tokens", [])}
 
 
-def _of_vocabulary(path: Path) -> dict[str, int]:
-    """Of a tokenizer in files of its own, as GPT-2's: added tokens stand in one of two places, by the library's age."""
-    ids: dict[str, int] = dict(json.loads(path.read_text("utf-8")))
-    if (added := path.with_name("added_tokens.json")).exists():
-        ids |= json.loads(added.read_text("utf-8"))
-    if (settings := path.with_name("tokenizer_config.json")).exists():
-        told: dict[str, Any] = json.loads(settings.read_text("utf-8")).get("added_tokens_decoder", {})
-        ids |= {token["content"]: int(number) for number, token in told.items()}
-    return ids
+def _of_settings(parsed: Any) -> dict[str, int]:
+    return {token["content"]: int(number) for number, token in (parsed.get("added_tokens_decoder") or {}).items()}
 
 
 def _check_tokens(base: Path, expert: Path, where: str) -> None:

@@ -28,7 +28,7 @@ def differences(base: Path, expert: Path) -> list[str]:
     """What an expert has otherwise than the base, one sentence each; empty where nothing differs.
 
     Raises:
-        CheckpointError: one of their files is no JSON object.
+        CheckpointError: one of their files is no JSON object, or has no vocabulary where one belongs.
     """
     said = []
     mine, theirs = chat_template(base), chat_template(expert)

@@ -10,7 +10,7 @@ from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.evaluate.gate import Gate
 from mechmerge.localize.effect_file import LEAST_MASKS, Origin, Tokens
-from mechmerge.localize.rounds_file import CERTAINTY
+from mechmerge.localize.rounds_file import CERTAINTY, MOST_CERTAIN
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
 
@@ -93,7 +93,7 @@ class RoundsPlan(Document):
     prompts: int = Field(default=48, ge=4)
     max_rounds: int = Field(default=4, ge=1, le=4)
     tokens: Tokens = "contested"
-    certainty: float = Field(default=CERTAINTY, ge=0, allow_inf_nan=False)
+    certainty: float = Field(default=CERTAINTY, ge=0, le=MOST_CERTAIN, allow_inf_nan=False)
     batch: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -125,6 +125,9 @@ class RecipePlan(Document):
             raise ValueError(f"`seeds` belongs to what is drawn at random: {', '.join(DRAWN)}")
         if self.policy == "top" and "budget" not in self.parameters:
             raise ValueError("parameters: the policy top needs a budget")
+        certainty = self.parameters.get("certainty", 0)
+        if isinstance(certainty, bool) or not isinstance(certainty, int | float) or not 0 <= certainty <= MOST_CERTAIN:
+            raise ValueError(f"parameters: certainty: expected a number from 0 to {MOST_CERTAIN:g}, found {certainty!r}")
         if self.within is not None and self.policy not in ("ties", "dare-ties"):
             raise ValueError("`within` belongs to the policies ties and dare-ties")
         if (self.policy in ("random", "magnitude")) != (self.like is not None):

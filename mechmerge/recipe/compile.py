@@ -12,7 +12,7 @@ import numpy as np
 
 from mechmerge.artifacts import to_yaml
 from mechmerge.errors import InputError
-from mechmerge.localize.rounds_file import RoundsFile
+from mechmerge.localize.rounds_file import MOST_CERTAIN, RoundsFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
 from mechmerge.recipe.controls import magnitude_like, norm_matched, random_like
@@ -254,7 +254,7 @@ def _call(policy: str, function: Callable[..., Choice], measured: Any, settings:
     if policy == "top" or "budget" in settings:
         _number(policy, "budget", settings.get("budget"), 0, 1)
     if "certainty" in settings:
-        _number(policy, "certainty", settings["certainty"], 0, np.inf)
+        _number(policy, "certainty", settings["certainty"], 0, MOST_CERTAIN)
     for name in ("agreement", "unproven"):
         if not isinstance(settings.get(name, False), bool):
             raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(settings[name]))

@@ -223,10 +223,13 @@ def verdict(recipe: Recipe, found: Coefficients, effects: EffectFile, component:
     where = "on both halves" if agreement else "on all prompts"
     said = f"< 0 {where}" if negative == len(sums) else "< 0 on one half" if negative else f"≥ 0 {where}"
     harmful = negative == len(sums)
-    least = float(recipe.policy.parameters.get("certainty", 0.0))
+    certainty = recipe.policy.parameters.get("certainty", 0.0)
+    least = float(certainty) if isinstance(certainty, int | float) else 0.0
     whole, error = weighed(effects, component, e, counts)
-    if harmful and least and error is not None:
-        harmful = -whole > least * error
+    if least and error is None:
+        return f"{got}: the file holds no standard errors"
+    if harmful and least:
+        harmful = -whole > least * (error or 0.0)
         said += "" if harmful else f", by less than {least:g} standard errors"
     unlike = harmful != (value == 0) and recipe.policy.parameters.get(f"strength.{name}", 1.0) != 0
     return f"{got}: {said}" + (", so not by these effects" if unlike else "")

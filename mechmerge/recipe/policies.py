@@ -3,7 +3,8 @@
 `conflict`: task arithmetic (Ilharco et al., https://arxiv.org/abs/2212.04089) without the parts that do harm. Effects along the
     path from the base to the sum are integrated gradients (Sundararajan et al., https://arxiv.org/abs/1703.01365) of the
     components' deltas. New here: a component's verdict is its effect summed over all behaviours, each divided by
-    its own expert's gain, and it must hold on both halves of the calibration prompts.
+    its own expert's gain, and it must hold on both halves of the calibration prompts (and, where
+    that is asked for, by some standard errors on all of them).
 `rounds`: the same question asked where the decision is taken, in rounds of measuring (localize/rounds.py).
 `solve`: the best predicted worst case under a budget and limits of damage, by a linear program (localize/program.py) over the
     effects, where these are known to predict; or the one that was measured and solved once more (localize/solving.py).

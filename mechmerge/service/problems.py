@@ -1,6 +1,7 @@
 """Errors as the API answers them: one line `{where, expected, found, fix}` with a status.
 
 ServiceError            a MechmergeError with the status of its answer
+KeyTakenError           409, of a key that names another request
 InputError              422    anything in a request that is not what it must be
 GateRefused             409
 MissingError            503
@@ -44,12 +45,16 @@ class ServiceError(MechmergeError):
         self.status, self.headers = status, headers
 
 
+class KeyTakenError(ServiceError):
+    """A request's key names another request of the same user."""
+
+
 WORDS = {
     400: "The Range header is not valid.",
     401: "No valid token or session.",
     403: "The role, the origin or the address does not allow it.",
     404: "Nothing of that name.",
-    409: "The job's state, or the gate, does not allow it.",
+    409: "The job's state, the gate, or another request under the same key does not allow it.",
     413: "The request is too large.",
     416: "No such range.",
     422: "The request, or the pipeline in it, is not valid.",

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import Field
 
-from mechmerge.artifacts import Document, read_document, read_text, to_yaml
+from mechmerge.artifacts import Document, digest, read_document, read_text, to_yaml, write_text
 from mechmerge.errors import GateRefused
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.publish.hub import check_options
 from mechmerge.service.access import Publisher, Reader, Runner, The, require_own
-from mechmerge.service.admission import FILES, PIPELINE, PIPELINE_BYTES, admit, check_repo, sent_files, write_input
+from mechmerge.service.admission import FILES, PIPELINE, PIPELINE_BYTES, admit, check_repo, write_input
 from mechmerge.service.log import Progress, progress_of, write_event
-from mechmerge.service.problems import ServiceError, answers
+from mechmerge.service.problems import KeyTakenError, ServiceError, answers
 from mechmerge.service.service import DELETED, INCOMING, Service
 from mechmerge.service.store import Job, NewJob, State, job_id
 from mechmerge.service.tokens import USER, Identity
@@ -24,6 +24,8 @@ from mechmerge.service.tokens import USER, Identity
 router = APIRouter(prefix="/api/jobs", tags=["jobs"])
 NORMAL = 5
 """The highest priority that not only administrators may ask for, and the usual one."""
+ASKED = "asked"
+"""In a job's folder: the digest of the request that made it."""
 Id = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A job's id.")]
 Key = Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
 
@@ -84,12 +86,14 @@ def view(service: Service, job: Job) -> JobView:
 
 @router.post("", status_code=201, responses=answers(401, 409, 429, s200={"model": JobView, "description": "Submitted before."}))
 def submit(body: Submission, identity: Runner, service: The, response: Response) -> JobView:
-    """Queue a pipeline. Sent again with the same `key`, it answers 200 with the job that there is."""
+    """Queue a pipeline. Sent again with the same `key`, it answers 200 with the job that there is; another request under that
+    key is refused (409).
+    """
     _check_priority(identity, body.priority)
     pipeline = admit(body.pipeline, body.files, service.settings)
     new = NewJob(job_id(), "run", pipeline.title[:500], identity.user, body.priority, body.key)
     files = {PIPELINE: to_yaml(pipeline), **body.files}
-    return _queue(service, new, files, response)
+    return _queue(service, new, body, files, response)
 
 
 @router.get("", responses=answers(401))
@@ -165,7 +169,9 @@ def delete(id: Id, identity: Runner, service: The) -> None:
     responses=answers(401, 404, 409, 429, s200={"model": JobView, "description": "Asked before."}),
 )
 def publish(id: Id, body: Publication, identity: Publisher, service: The, response: Response) -> JobView:
-    """Publish the merge of a job that is done, if its gate accepts it: a job of its own, which asks the gate again."""
+    """Publish the merge of a job that is done, if its gate accepts it: a job of its own, which asks the gate again. Keys are as
+    of submissions.
+    """
     check_repo(body.repo, service.settings)
     check_options(body.mode, body.branch, body.tag)
     parent = service.store.job(id)
@@ -183,7 +189,7 @@ def publish(id: Id, body: Publication, identity: Publisher, service: The, respon
         parent=id,
         request=body.model_dump(exclude={"key"}),
     )
-    return _queue(service, new, {}, response)
+    return _queue(service, new, body, {}, response)
 
 
 def _require_gate(service: Service, id: str) -> None:
@@ -207,11 +213,12 @@ def _check_priority(identity: Identity, priority: int) -> None:
         raise ServiceError(403, "priority", expected=f"at most {NORMAL}, or the role admin", found=str(priority))
 
 
-def _queue(service: Service, new: NewJob, files: dict[str, str], response: Response) -> JobView:
+def _queue(service: Service, new: NewJob, body: Submission | Publication, files: dict[str, str], response: Response) -> JobView:
     """Stores a job with its input; the folder is put in place in the moment in which the job is stored.
 
     Raises:
-        ServiceError: the user's key already names another request (409), or there is no space (503).
+        KeyTakenError: the user's key already names another request.
+        ServiceError: there is no space (503), or the job of that key was deleted in this moment (404).
     """
     known = service.store.known(new.user, new.key)
     if known is None and not service.supervisor.has_space():
@@ -225,6 +232,11 @@ def _queue(service: Service, new: NewJob, files: dict[str, str], response: Respo
         if files:
             text: Any = dict(files)
             write_input(incoming / "input", text.pop(PIPELINE), text)
+        # What is left at its default says nothing, so that a request is the same in a later version with more settings; and a
+        # priority says nothing of the work.
+        told = body.model_dump(mode="json", exclude={"key", "priority"}, exclude_defaults=True)
+        asked = digest([new.kind, new.parent, told])
+        write_text(incoming / ASKED, asked)
         write_event(incoming / "log.jsonl", 0, "state", "queued")
         job, is_new = service.store.submit(new, service.settings.quota_jobs, lambda: os.rename(incoming, folder))
     finally:
@@ -232,8 +244,8 @@ def _queue(service: Service, new: NewJob, files: dict[str, str], response: Respo
     if is_new:
         response.headers["Location"] = f"/api/jobs/{job.id}"
         service.supervisor.wake()
-    elif not _is_same(service, job, new, files):
-        raise ServiceError(
+    elif _first_asked(service, job) not in (None, asked):
+        raise KeyTakenError(
             409, f"key {new.key}", expected="the request that it was first sent with", found="another one",
             fix=f"send a new key; job {job.id} has this one",
         )  # fmt: skip
@@ -242,10 +254,10 @@ def _queue(service: Service, new: NewJob, files: dict[str, str], response: Respo
     return view(service, job)
 
 
-def _is_same(service: Service, job: Job, new: NewJob, files: dict[str, str]) -> bool:
-    """Whether a stored job was made by this very request; its priority may be another, since it says nothing of the work."""
-    if (job.kind, job.parent, job.request) != (new.kind, new.parent, dict(new.request)):
-        return False
-    folder = service.folder(job.id) / "input"
-    stored = {name: folder / name for name in (*sent_files(folder), *([PIPELINE] if files else []))}
-    return stored.keys() == files.keys() and all(stored[n].read_bytes() == text.encode() for n, text in files.items())
+def _first_asked(service: Service, job: Job) -> str | None:
+    """The digest of the request that a stored job was made by; None of a job from before it was kept."""
+    path = service.folder(job.id) / ASKED
+    if path.is_file():
+        return read_text(path)
+    service.store.job(job.id)  # deleted meanwhile: not found
+    return None

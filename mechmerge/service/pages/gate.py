@@ -27,7 +27,7 @@ from mechmerge.service.pages.reading import results_of
 from mechmerge.service.pages.render import render
 from mechmerge.service.pages.route import Form, field, page_router
 from mechmerge.service.pages.rows import row_of
-from mechmerge.service.problems import Problem, ServiceError, problem_of, status_of
+from mechmerge.service.problems import KeyTakenError, Problem, ServiceError, problem_of, status_of
 from mechmerge.service.service import Service
 from mechmerge.service.tokens import Identity
 
@@ -158,6 +158,8 @@ def publish(request: Request, response: Response, id: Id, identity: Publisher, s
     except MechmergeError as error:
         if status_of(error) == 404:
             raise
+        if isinstance(error, KeyTakenError):
+            del given["key"], wanted["key"]  # what was changed in the form is a request of its own
         return _page(
             request, id, identity, service, given["model"] or None, given | wanted, problem_of(error), status_of(error)
         )

@@ -18,7 +18,7 @@ from mechmerge.service.api import jobs
 from mechmerge.service.pages.builder import BUILT, Asked, Wanted
 from mechmerge.service.pages.render import render
 from mechmerge.service.pages.route import Form, field, page_router
-from mechmerge.service.problems import Problem, ServiceError, problem_of, status_of
+from mechmerge.service.problems import KeyTakenError, Problem, ServiceError, problem_of, status_of
 from mechmerge.service.service import Service
 from mechmerge.service.tokens import Identity
 
@@ -125,7 +125,7 @@ def submit(request: Request, response: Response, identity: Runner, service: The,
             service,
             text,
             source,
-            key=key,
+            key=None if isinstance(error, KeyTakenError) else key,  # what was changed in the form is a request of its own
             priority=number,
             problem=problem_of(error),
             status=status_of(error),
