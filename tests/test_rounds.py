@@ -7,17 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
+from pydantic import ValidationError
 
 from mechmerge.behaviors.schema import Behavior, Pair
+from mechmerge.cli.main import cli
 from mechmerge.errors import InputError, LocalizeError, SchemaError
 from mechmerge.localize.bench import Bench
 from mechmerge.localize.calibration import BehaviorRow, Calibration, Point
 from mechmerge.localize.rounds import RoundSettings, settle
-from mechmerge.localize.rounds_file import RoundsFile, read_rounds
+from mechmerge.localize.rounds_file import CERTAINTY, RoundsFile, RoundsMetadata, read_rounds
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.references import Model
+from mechmerge.pipeline.schema import RecipePlan, RoundsPlan
 from mechmerge.recipe.compile import compile_recipe
+from mechmerge.recipe.schema import read_recipe
 from mechmerge.recipe.sources import read_sources
+from mechmerge.report.summary import rounds_said
 
 SETTINGS = RoundSettings(prompts=8, dtype="float32", batch=8)
 
@@ -169,3 +176,51 @@ def _effects(folder: Path) -> Path:
 
     effect_file().write(folder / "effects.safetensors")
     return folder / "effects.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------- certainty
+def test_two_standard_errors_are_the_default() -> None:
+    assert RoundSettings().certainty == RoundsPlan().certainty == CERTAINTY == 2.0
+    assert RoundSettings(**RoundsPlan(certainty=0.5).model_dump()).certainty == 0.5
+    for wrong in (-0.1, 100.5, float("nan"), float("inf")):
+        with pytest.raises(ValidationError):
+            RoundSettings(certainty=wrong)
+        with pytest.raises(ValidationError):
+            RoundsPlan(certainty=wrong)
+
+
+def test_files_from_before_certainty_had_none(settled: Path, tmp_path: Path) -> None:
+    file = read_rounds(settled)
+    assert file.metadata.certainty == 2.0
+    told = file.metadata.model_dump(mode="json")
+    del told["certainty"]
+    assert RoundsMetadata.model_validate(told).certainty == 0.0
+    assert "and by 2 standard errors on all of them" in rounds_said(file.metadata)
+    assert "standard errors" not in rounds_said(RoundsMetadata.model_validate(told))
+
+
+def test_the_command_asks_for_certainty_and_says_where_nothing_is_sure(base: Model, expert: Model, tmp_path: Path) -> None:
+    path, out = tmp_path / "one.yaml", tmp_path / "rounds.safetensors"
+    path.write_text(yaml.safe_dump(behavior("one").model_dump(mode="json", by_alias=True)))
+    command = ["rounds", str(base.path), f"a={expert.path}", "--behavior", f"{path}=a", "--prompts", "8", "--dtype", "float32"]
+    done = CliRunner().invoke(cli, [*command, "--out", str(out), "--certainty", "100"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "round 1: no change helps on both halves of the prompts, by 100 standard errors" in done.stderr
+    metadata = read_rounds(out).metadata
+    assert (metadata.certainty, metadata.rounds) == (100.0, ())
+    for wrong in ("nan", "inf", "-1", "101", "high"):
+        done = CliRunner().invoke(cli, [*command, "--out", str(out), "--certainty", wrong])
+        assert (done.exit_code, "--certainty" in done.stderr) == (2, True), done.output
+
+
+def test_certainty_of_conflict_is_a_number(tmp_path: Path) -> None:
+    effects, out = _effects(tmp_path), tmp_path / "made" / "recipe.yaml"
+    for wrong in (float("nan"), float("inf"), -1, 10**400, "high", True, None):
+        with pytest.raises(InputError, match="policy conflict: certainty"):
+            compile_recipe("conflict", read_sources([effects]), parameters={"certainty": wrong})
+        with pytest.raises(ValidationError, match="certainty"):
+            RecipePlan(policy="conflict", parameters={"certainty": wrong})
+    RecipePlan(policy="conflict", parameters={"certainty": 2})
+    done = CliRunner().invoke(cli, ["recipe", str(effects), "--policy", "conflict", "--certainty", "1.5", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert read_recipe(out)[0].policy.parameters == {"certainty": 1.5}
