@@ -39,8 +39,8 @@ def command(
     """Merge and evaluate every combination of experts, policies and parameters of a PIPELINE, ranked by its gate.
 
     For example `--vary policy=conflict,ties,density=0.2,0.5 --vary experts=pairs,all`. A parameter is varied for the
-    policies that have it (what rounds are measured with is the pipeline's). Nothing is made twice: localization, equal merges and their answers are shared, and a sweep
-    that was interrupted goes on when it is called again.
+    policies that have it (what rounds are measured with is the pipeline's). Nothing is made twice: localization, equal
+    merges and their answers are shared, and a sweep that was interrupted goes on when it is called again.
     """
     from mechmerge.pipeline.sweep import parse_vary, run_sweep
 
