@@ -93,7 +93,7 @@ def test_prompts_of_one_topic_are_no_independent_ones() -> None:
     for topics in (["tea", "rain", "tea", "rain", "tea", "bread"], [""] * 6):
         known: Any = SimpleNamespace(
             weights=lambda half=None: weights,
-            examples=[SimpleNamespace(topic=topic) for topic in topics],
+            examples=[SimpleNamespace(topic=topic, member=0) for topic in topics],
             checkpoint=SimpleNamespace(arch=SimpleNamespace(tied=True)),
         )
         found = statistics(known, {"neuron": values})["neuron.stderr"]

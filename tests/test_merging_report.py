@@ -381,7 +381,9 @@ def test_calls_that_work_are_recorded_and_reported(told: Path, monkeypatch: pyte
     assert figures["evaluations in the folder, commit bbb"] == 2
     assert figures[f"evaluations in the folder, commit {calls.UNKNOWN}"] == before
     assert "| bbb | 1 |" in (home / "report" / "report.md").read_text()
-    assert set(json.loads((home / "settings.json").read_text())) == {"sizes", "base", "evaluation", "suites"}
+    assert set(json.loads((home / "settings.json").read_text())) == {
+        "sizes", "base", "evaluation", "suites", "effects", "rounds",
+    }  # fmt: skip
 
 
 def test_a_call_with_other_settings_is_not_recorded(told: Path) -> None:

@@ -462,7 +462,7 @@ def test_what_the_way_there_takes_back_is_not_changed() -> None:
 
     row = BehaviorRow("b", (behavior("b"),), "a")
     land = Landscape([row], [(0, 0, 0), (0, 0, 1)], lambda c: np.full(2, 3 - c.mean()), slope, "a")
-    here = propose(land, everything(land), np.ones(1), "here")
+    here = propose(land, everything(land), np.ones(1), "here", 0.0)
     assert sum(int(mask.sum()) for mask in here.wanted.values()) == 1
     land.measured.clear()
     file = land.settled()

@@ -152,7 +152,7 @@ def test_linearity_is_that_of_measured_masks(
     from mechmerge.localize.proposal import per_nat, propose
 
     counts = per_nat(measured, np.array([b.own_gain for b in file.metadata.behaviors]))
-    along = propose(measured, start, counts, "the sum").along
+    along = propose(measured, start, counts, "the sum", 0.0).along
     masks = masks_of(measured, along, counts, start, 8)
     assert len(masks) == file.metadata.linearity.masks == 8
     assert any(mask.rest != start.rest for mask in masks), "what has no component of its own is lowered too"
