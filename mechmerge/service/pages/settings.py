@@ -53,7 +53,7 @@ SETTINGS = (
     Setting("scale", "Strength of what is chosen", "choice", CHOICES["scale"][0]),
     Setting("weighting", "An effect counts", "choice", "own-gain"),
     Setting("agreement", "Judged on both halves of the prompts", "flag", True),
-    Setting("certainty", "Standard errors by which it must harm to be dropped", "slider", 0.0, 0.0, 8.0, 0.5),
+    Setting("certainty", "Standard errors by which it must harm to be dropped", "slider", 0.0, 0.0, 4.0, 0.5),
     Setting("unproven", "Solve where effects are not known to predict", "flag", False),
     Setting("per_layer", "Counts are kept in each layer", "flag", False),
     Setting("match_norms", "The norm of the change is kept", "flag", False),
