@@ -587,8 +587,16 @@ def test_what_is_wrong_is_said_on_a_page(every: Shown, path: str, status: int, s
     [
         ("policy=top&budget=0.2&overlap=winner", "top", {"budget": 0.2, "overlap": "winner"}),
         ("policy=top&budget=0.75&overlap=share", "top", {"budget": 0.75, "overlap": "share"}),
-        ("policy=conflict&weighting=equal&agreement=no", "conflict", {"weighting": "equal", "agreement": False}),
-        ("policy=conflict&weight.formats=3", "conflict", {"weighting": "own-gain", "agreement": True, "weight.formats": 3.0}),
+        (
+            "policy=conflict&weighting=equal&agreement=no",
+            "conflict",
+            {"weighting": "equal", "agreement": False, "certainty": 0.0},
+        ),
+        (
+            "policy=conflict&weight.formats=3&certainty=2",
+            "conflict",
+            {"weighting": "own-gain", "agreement": True, "certainty": 2.0, "weight.formats": 3.0},
+        ),
         ("policy=ties&weight=0.5&density=0.4", "ties", {"weight": 0.5, "density": 0.4, "lambda": 1.0}),
         ("policy=weighted&budget=0.4", "weighted", None),
         ("policy=solve&budget=0.5&unproven=yes", "solve", {"budget": 0.5, "agreement": True, "unproven": True}),
