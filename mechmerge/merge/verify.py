@@ -201,9 +201,9 @@ def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
     tokens = token_ids(folder)
     last = max(tokens.values(), default=0) if tokens else 0
     if last >= merged.arch.vocabulary:
-        file = "tokenizer.json" if (folder / "tokenizer.json").exists() else "vocab.json"
+        known = "tokenizer.json" if (folder / "tokenizer.json").exists() else "vocab.json"
         raise CheckpointError(
-            f"{base.folder}: {file}", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
+            f"{base.folder}: {known}", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
         )
 
 
