@@ -35,9 +35,9 @@ a goal needs {LEAST_SEEDS} training seeds: with fewer it is not measured yet, an
   much as the dearer of the measurements of `effects` and `rounds`, whichever policy it is compared with.
 
 The headline policy was named before any run of this benchmark, but after its results on the test split with the experts of
-`conflict`, seed 0, had been seen in the demo (benchmarks/results/demo-2026-11-22.json). Which tokens its loss weighs was
-changed after a first run of that seed, whose test answers had been seen too, and chosen on its develop split
-(benchmarks/log.md, 2026-11-28): seed 0 of `conflict` flatters it, seeds 1 and 2 do not.
+`conflict`, seed 0, had been seen in the demo (benchmarks/results/demo-2026-11-22.json). Which tokens its loss weighs and
+how sure a change must be were changed after a first run of that seed, whose test answers had been seen too, and chosen on its
+develop split (benchmarks/log.md, 2026-11-28): seed 0 of `conflict` flatters it, seeds 1 and 2 do not.
 """
 
 
