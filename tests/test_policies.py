@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mechmerge.errors import InputError, SchemaError
 from mechmerge.localize.effect_file import EFFECT_KINDS, EffectFile
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
+from mechmerge.pipeline.schema import RecipePlan
+from mechmerge.recipe.compile import check_parameters
 from mechmerge.recipe.controls import TOLERANCE, magnitude_like, moved_norm, norm_matched, random_like
 from mechmerge.recipe.explain import shares
 from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
@@ -388,3 +393,26 @@ def test_shares_are_said_by_kind() -> None:
     ruled, plain = shares(recipe(("L*.head.0", "first", 0.5)), {"first.neuron": mask["first.neuron"]}, PARAMETERS)
     assert (ruled["head"], ruled["neuron"], ruled["head + kv + neuron"]) == ("by rules", "50.0 %", "by rules")
     assert plain["head + kv + neuron"] == "0.0 %", "no rule is about the second"
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters", "said"),
+    [
+        ("top", {"budget": 2}, "policy top: budget: expected a number from 0 to 1; found 2"),
+        ("weighted", {"scale": "none"}, "policy weighted: scale: expected one of rank, share"),
+        ("conflict", {"weight.x": "high"}, "weight.x: expected a positive number"),
+        ("solve", {"limit.x": float("nan")}, "limit.x: expected a number"),
+        ("ties", {"density": "high"}, "policy ties: density: expected a number from 0 to 1"),
+        ("della", {"density": 0.1, "epsilon": 0.2}, "density ± epsilon between 0 and 1"),
+        ("random", {"per_layer": 1}, "policy random: per_layer: expected true or false"),
+    ],
+)
+def test_a_pipeline_refuses_parameters_before_anything_is_measured(policy: str, parameters: dict[str, Any], said: str) -> None:
+    """By the checks that recipes have."""
+    like = {"like": "other"} if policy == "random" else {}
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_parameters(policy, parameters)
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        RecipePlan.model_validate({"policy": policy, "parameters": parameters} | like)
+    for name, value in {"top": {"budget": 0.2}, "della": {"lambda": 2.0}, "conflict": {"strength.a": 0.5}}.items():
+        check_parameters(name, value)

@@ -8,11 +8,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mechmerge.artifacts import Document
 from mechmerge.behaviors.prompts import Tier
+from mechmerge.errors import InputError
 from mechmerge.evaluate.gate import Gate
 from mechmerge.localize.effect_file import LEAST_MASKS, Origin, Tokens
 from mechmerge.localize.rounds_file import CERTAINTY, MOST_CERTAIN
 from mechmerge.localize.settings import LocalizePlan, ScoreSource, loss_of_rounds
 from mechmerge.models.pair import PositionRule, VocabularyRule
+from mechmerge.recipe.compile import check_parameters
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 RECIPE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -125,9 +127,10 @@ class RecipePlan(Document):
             raise ValueError(f"`seeds` belongs to what is drawn at random: {', '.join(DRAWN)}")
         if self.policy == "top" and "budget" not in self.parameters:
             raise ValueError("parameters: the policy top needs a budget")
-        certainty = self.parameters.get("certainty", 0)
-        if isinstance(certainty, bool) or not isinstance(certainty, int | float) or not 0 <= certainty <= MOST_CERTAIN:
-            raise ValueError(f"parameters: certainty: expected a number from 0 to {MOST_CERTAIN:g}, found {certainty!r}")
+        try:
+            check_parameters(self.policy, self.parameters)
+        except InputError as error:
+            raise ValueError(f"parameters: {error}") from None
         if self.within is not None and self.policy not in ("ties", "dare-ties"):
             raise ValueError("`within` belongs to the policies ties and dare-ties")
         if (self.policy in ("random", "magnitude")) != (self.like is not None):

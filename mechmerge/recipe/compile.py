@@ -147,7 +147,8 @@ def compile_recipe(
     if policy == "solve" and isinstance(measured, RoundsFile):
         given = _asked(measured, given)
         settings = {}
-    choice = _call(policy, FUNCTIONS[policy], measured, settings)
+    _check(policy, settings)
+    choice = FUNCTIONS[policy](measured, **settings)
     experts = {name: RecipeExpert(model=model, default=choice.defaults[name]) for name, model in sources.experts.items()}
     recipe = Recipe(
         base=sources.base,
@@ -245,9 +246,23 @@ def defaults_of(policy: str) -> dict[str, Scalar]:
 CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting), "scale": get_args(Scale)}
 
 
-def _call(policy: str, function: Callable[..., Choice], measured: Any, settings: Mapping[str, Any]) -> Choice:
-    accepted = list(inspect.signature(function).parameters)[1:]
-    _known(policy, settings, accepted)
+def check_parameters(policy: str, parameters: Mapping[str, Any]) -> None:
+    """Whether a policy can be told these parameters, as far as that is known before anything is measured.
+
+    Raises:
+        InputError: a parameter that it does not have, or a value out of range.
+    """
+    _, given = without_strengths(parameters)
+    if policy in BASELINES:
+        _settings(policy, given)
+    elif policy in CONTROLS:
+        _flags(policy, given)
+    else:
+        _check(policy, _gathered(_gathered(given, "weight"), "limit"))
+
+
+def _check(policy: str, settings: Mapping[str, Any]) -> None:
+    _known(policy, settings, list(inspect.signature(FUNCTIONS[policy]).parameters)[1:])
     for name, choices in CHOICES.items():
         if name in settings and settings[name] not in choices:
             raise InputError(f"policy {policy}: {name}", expected=f"one of {', '.join(choices)}", found=repr(settings[name]))
@@ -263,7 +278,14 @@ def _call(policy: str, function: Callable[..., Choice], measured: Any, settings:
             raise InputError(f"policy {policy}: weight.{name}", expected="a positive number", found=repr(weight))
     for name, limit in settings.get("limits", {}).items():
         _number(policy, f"limit.{name}", limit, 0, np.inf)
-    return function(measured, **settings)
+
+
+def _flags(policy: str, given: Mapping[str, Any]) -> None:
+    """Checks the parameters of a control."""
+    _known(policy, given, ["per_layer", "match_norms"] if policy == "random" else ["per_layer"])
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(value))
 
 
 def _known(policy: str, settings: Mapping[str, Any], accepted: list[str]) -> None:
@@ -376,10 +398,7 @@ def _control(
     common: dict[str, Any],
 ) -> Compiled:
     model, masks = like
-    _known(policy, given, ["per_layer", "match_norms"] if policy == "random" else ["per_layer"])
-    for setting, value in given.items():
-        if not isinstance(value, bool):
-            raise InputError(f"policy {policy}: {setting}", expected="true or false", found=repr(value))
+    _flags(policy, given)
     if not masks or model.rules:
         raise InputError(
             f"policy {policy}", expected="a recipe of masks to be like", found=f"one of rules ({model.policy.name})"

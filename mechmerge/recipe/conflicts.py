@@ -226,7 +226,7 @@ def verdict(recipe: Recipe, found: Coefficients, effects: EffectFile, component:
     certainty = recipe.policy.parameters.get("certainty", 0.0)
     least = float(certainty) if isinstance(certainty, int | float) else 0.0
     whole, error = weighed(effects, component, e, counts)
-    if least and error is None:
+    if harmful and least and error is None:
         return f"{got}: the file holds no standard errors"
     if harmful and least:
         harmful = -whole > least * (error or 0.0)
