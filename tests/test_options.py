@@ -323,3 +323,24 @@ def test_exit_codes(tmp_path: Path, gate_files: tuple[str, str], base: Model, mo
             main(arguments)
         found.append((stop.value.code or 0, arguments))
     assert found == table
+
+
+def test_every_range_of_numbers_refuses_nan() -> None:
+    """Which no comparison finds outside a range: click alone lets it through."""
+    asked = 0
+
+    def check(command: click.Command) -> None:
+        nonlocal asked
+        for parameter in command.params:
+            if isinstance(parameter.type, click.FloatRange):
+                asked += 1
+                with pytest.raises(click.BadParameter, match="no number"):
+                    parameter.type.convert("nan", parameter, None)
+        for inner in inner_commands(command).values():
+            check(inner)
+
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        check(command)
+    assert asked >= 13

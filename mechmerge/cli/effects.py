@@ -9,6 +9,7 @@ import click
 
 from mechmerge.cli.common import (
     BehaviorCommand,
+    Finite,
     calibration_options,
     device_option,
     format_option,
@@ -42,7 +43,7 @@ from mechmerge.cli.common import (
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The effect file.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     default=0.05,
     show_default=True,
     help="Completeness error at which no more nodes are added.",

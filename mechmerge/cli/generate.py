@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    Finite,
     device_option,
     escape,
     format_option,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--compare", "other", metavar="MODEL", help="Show another model's answers side by side, such as the base's.")
 @click.option("--recipe", "name", metavar="NAME", help="Of a run: which merge (default: the one that the pipeline publishes).")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=Finite(0, 10), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--greedy", is_flag=True, help="Greedy answers, whatever --temperature a config file says.")
 @click.option("--chat-template", default="model", show_default=True, metavar="model|none|FILE",
               help="The model's own, prompts as they are, or a file with a Jinja template.")  # fmt: skip

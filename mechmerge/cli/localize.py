@@ -10,6 +10,7 @@ import click
 from mechmerge.cli.common import (
     BehaviorCommand,
     CountOrAuto,
+    Finite,
     device_option,
     format_option,
     make_progress,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
               help="Best heads, KV groups and neurons (each) to replace; auto: until the --top best are known.")  # fmt: skip
 @click.option("--top", type=click.IntRange(1), default=8, show_default=True,
               help="Heads, KV groups and neurons (each) that --verify auto looks for.")  # fmt: skip
-@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9, show_default=True,
+@click.option("--confidence", type=Finite(0, 1, min_open=True, max_open=True), default=0.9, show_default=True,
               help="Confidence that --verify auto stops at.")  # fmt: skip
 @click.option("--role-threshold", "thresholds", multiple=True, metavar="NAME=VALUE",
               help="What counts as high for a role: module, head, neuron or output (shares), low, errors; repeat.")  # fmt: skip

@@ -54,7 +54,7 @@ class CommandWithOthers(click.Command):
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     help="top, weighted, solve: fraction of each expert's head + kv + neuron parameters.",
 )
 @click.option(
@@ -87,11 +87,11 @@ class CommandWithOthers(click.Command):
               help="solve: although the effects are not known to predict (the recipe says so).")  # fmt: skip
 @click.option("--strength", "strengths", multiple=True, metavar="NAME=S",
               help="Multiply every coefficient of an expert (in linear, ties and della only ratios matter).")  # fmt: skip
-@click.option("--density", type=click.FloatRange(0, 1), help="ties, dare-ties, della, breadcrumbs: share of every delta kept.")
-@click.option("--lambda", type=click.FloatRange(-100, 100), help="ties, della: what is added to the base, times this (1).")
-@click.option("--epsilon", type=click.FloatRange(0, 1), help="della: half the range of the drawing probabilities (.15).")
-@click.option("--gamma", type=click.FloatRange(0, 1), help="breadcrumbs: share of the largest elements left out (.01).")
-@click.option("--topk", type=click.FloatRange(0, 1), help="sce: share of elements kept, by variance over experts (1).")
+@click.option("--density", type=Finite(0, 1), help="ties, dare-ties, della, breadcrumbs: share of every delta kept.")
+@click.option("--lambda", type=Finite(-100, 100), help="ties, della: what is added to the base, times this (1).")
+@click.option("--epsilon", type=Finite(0, 1), help="della: half the range of the drawing probabilities (.15).")
+@click.option("--gamma", type=Finite(0, 1), help="breadcrumbs: share of the largest elements left out (.01).")
+@click.option("--topk", type=Finite(0, 1), help="sce: share of elements kept, by variance over experts (1).")
 @click.option("--filter-wise", is_flag=True, default=None, help="model-stock: a place of its own for every row of a tensor.")
 @click.option("--within", metavar="FILE",
               help="ties, dare-ties: work only inside this recipe's coefficients.")  # fmt: skip

@@ -47,12 +47,12 @@ def loss_alone(_context: click.Context, _parameter: click.Parameter, value: str)
               help="Standard errors by which turning a component over must help (2).")  # fmt: skip
 @click.option("--solve", "effects", type=click.Path(path_type=Path, dir_okay=False), metavar="EFFECTS",
               help="Instead of rounds: a linear program over this effect file, measured, and once more if off.")  # fmt: skip
-@click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
+@click.option("--budget", type=Finite(0, 1, min_open=True),
               help="solve: fraction of each expert's head + kv + neuron parameters (default: all).")  # fmt: skip
 @click.option("--limit", "limits", multiple=True, metavar="NAME=NATS",
               help="solve: most rise of a behaviour's loss above the base's (protected ones: 0.1); repeat.")  # fmt: skip
 @click.option("--agreement/--no-agreement", default=None, help="solve: the worst case is that of both halves of the prompts.")
-@click.option("--tolerance", type=click.FloatRange(0, min_open=True),
+@click.option("--tolerance", type=Finite(0, min_open=True),
               help="solve: share of its expert's gain by which a prediction may be off unmeasured (0.1).")  # fmt: skip
 @click.option("--unproven", is_flag=True, help="solve: although predictions of the effects are not known to come true.")
 @memory_options

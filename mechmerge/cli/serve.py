@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechmerge.cli.common import device_option, format_option, show
+from mechmerge.cli.common import Finite, device_option, format_option, show
 from mechmerge.cli.remote import need_service, when
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.option("--threads", type=click.IntRange(1), help="Threads of each job (default: the cores, shared among the slots).")
 @click.option("--nice", type=click.IntRange(0, 19), default=5, show_default=True,
               help="How far jobs stand back for the server, as nice counts.")  # fmt: skip
-@click.option("--time", "hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True,
+@click.option("--time", "hours", type=Finite(min=0, min_open=True), default=24.0, show_default=True,
               help="Working hours after which a job is ended.")  # fmt: skip
 @click.option("--memory", callback=_size, metavar="SIZE", help="Memory of a job, such as 16GB (default: no limit).")
 @click.option("--disk", callback=_size, metavar="SIZE",
@@ -96,9 +96,7 @@ def _tokens(settings: Settings) -> Tokens:
 @click.argument("user")
 @click.option("--role", type=click.Choice(["read", "run", "publish", "admin"]), default="run", show_default=True,
               help="What it allows; each allows what those before it do.")  # fmt: skip
-@click.option(
-    "--days", type=click.FloatRange(min=0, min_open=True), help="How long it is valid (default: until it is revoked)."
-)
+@click.option("--days", type=Finite(min=0, min_open=True), help="How long it is valid (default: until it is revoked).")
 @click.pass_obj
 def add(settings: Settings, user: str, role: Any, days: float | None) -> None:
     """Make a token for USER and print it: this once, since only its digest is kept."""
