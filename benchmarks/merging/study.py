@@ -422,8 +422,8 @@ class Study:
 
     def samples(self) -> list[Sample]:
         """The experts' verified answers to the calibration prompts, weighted as rounds weigh them and their tokens."""
-        settings = RoundSettings(prompts=self.sizes.prompts)
-        calibration = Calibration(self.base, self.experts, self.rows(), self.folder / ".answers.units", settings, self.progress)
+        kept = self.folder / ".answers.units"
+        calibration = Calibration(self.base, self.experts, self.rows(), kept, self._of_rounds, self.progress)
         gains = {b.name: b.weight / (b.loss_base - b.loss_expert) for b in read_rounds(self.rounds()).metadata.behaviors}
         examples, shares = calibration.examples, calibration.weights()
         weights = [gains[calibration.rows[e.row].name] * float(shares[e.row, i]) for i, e in enumerate(examples)]

@@ -86,7 +86,7 @@ class AnchorFinder:
             found[behavior.name]["expert_without"] = self._last(negative, template)
         bench.load(self.base.checkpoint())
         for behavior in missing:
-            self.units(behavior).arrays("states", lambda name=behavior.name: found[name])  # type: ignore[misc]
+            self.units(behavior).arrays("states", lambda name=behavior.name: found[name])  # type: ignore[misc]  # mypy infers no type of a lambda with a default
 
     def _rendered(self, behavior: Behavior) -> tuple[list[str], list[str], str | None]:
         tokenizer = self.bench().tokenizer

@@ -61,7 +61,7 @@ def execute(
             name: tuple(sorted({c.stored[name] for c in (base, *experts)} - {name})) or None for name in sorted(base.entries)
         }
 
-        class Tensors(ModuleArchitecture):  # type: ignore[misc]
+        class Tensors(ModuleArchitecture):  # type: ignore[misc]  # mergekit is untyped
             """All tensors of the checkpoint, none of them repeated by layer."""
 
             def pre_weights(self, config: Any) -> list[Any]:

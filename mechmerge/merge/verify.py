@@ -28,7 +28,7 @@ from mechmerge.merge.reference import direct_tensor, merged_tensor
 from mechmerge.models.adapters import SIDE_FILES
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import empty_model, quiet, torch_dtype
-from mechmerge.models.pair import token_ids
+from mechmerge.models.pair import token_ids, vocabulary_file
 from mechmerge.models.positions import positions_of
 from mechmerge.progress import SILENT, Progress, track
 from mechmerge.recipe.coefficients import Coefficients
@@ -201,9 +201,11 @@ def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
     tokens = token_ids(folder)
     last = max(tokens.values(), default=0) if tokens else 0
     if last >= merged.arch.vocabulary:
-        known = "tokenizer.json" if (folder / "tokenizer.json").exists() else "vocab.json"
+        told = vocabulary_file(base.folder)
         raise CheckpointError(
-            f"{base.folder}: {known}", expected=f"ids below the {merged.arch.vocabulary} rows", found=str(last)
+            f"{base.folder}: {told.name if told else 'vocabulary'}",
+            expected=f"ids below the {merged.arch.vocabulary} rows",
+            found=str(last),
         )
 
 

@@ -68,15 +68,21 @@ def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule 
         expert.check_finite()
 
 
+def vocabulary_file(folder: Path) -> Path | None:
+    """Where `token_ids` finds a model's tokens; None where it has no such file."""
+    return next((path for name in ("tokenizer.json", "vocab.json") if (path := folder / name).exists()), None)
+
+
 def token_ids(folder: Path) -> dict[str, int] | None:
     """Token string → id (added tokens included) from tokenizer.json, or else from vocab.json and the added tokens beside it;
     None where there is neither (SentencePiece's `tokenizer.model` alone is not read).
     """
-    if (folder / "tokenizer.json").exists():
-        return _numbers(folder / "tokenizer.json", _of_tokenizers)
-    if not (folder / "vocab.json").exists():
+    path = vocabulary_file(folder)
+    if path is None:
         return None
-    ids = _numbers(folder / "vocab.json", dict)
+    if path.name == "tokenizer.json":
+        return _numbers(path, _of_tokenizers)
+    ids = _numbers(path, dict)
     # As transformers reads them: where the settings tell of added tokens, the older file of them is not looked at.
     for name, read in (("tokenizer_config.json", _of_settings), ("added_tokens.json", dict)):
         if (folder / name).exists() and (added := _numbers(folder / name, read)):

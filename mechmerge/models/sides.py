@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mechmerge.errors import CheckpointError
-from mechmerge.models.pair import token_ids
+from mechmerge.models.pair import vocabulary_file
 from mechmerge.progress import Progress
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -28,7 +28,7 @@ def differences(base: Path, expert: Path) -> list[str]:
     """What an expert has otherwise than the base, one sentence each; empty where nothing differs.
 
     Raises:
-        CheckpointError: one of their files is no JSON object, or has no vocabulary where one belongs.
+        CheckpointError: one of their files is no JSON object.
     """
     said = []
     mine, theirs = chat_template(base), chat_template(expert)
@@ -36,7 +36,7 @@ def differences(base: Path, expert: Path) -> list[str]:
         found = "has no chat template" if theirs is None else "has another chat template" if mine else "has a chat template"
         kept = "the merge has none, like the base" if mine is None else "the merge keeps the base's"
         said.append(f"it {found}; {kept}")
-    if any(token_ids(folder) is None for folder in (base, expert)):
+    if any(vocabulary_file(folder) is None for folder in (base, expert)):
         said.append("it or the base has no tokenizer.json or vocab.json: equal rows are taken for equal tokens, unseen")
     one, other = _settings(base, "tokenizer_config.json"), _settings(expert, "tokenizer_config.json")
     for name in SPECIAL:
