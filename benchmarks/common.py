@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,11 @@ class Goal:
 
     def __str__(self) -> str:
         return f"{'≤' if self.at_most else '≥'} {self.bound:g}"
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end a benchmark as an error does, so that the servers it started end with it and its folders are removed."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def processor() -> str:

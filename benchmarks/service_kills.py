@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import psutil
 
-from benchmarks.common import Goal, finish
+from benchmarks.common import Goal, end_on_sigterm, finish
 from mechmerge.models.references import resolve
 from mechmerge.pipeline.run import run_pipeline
 from mechmerge.service.client import Bundle, Client
@@ -42,6 +42,7 @@ def main(quick: bool, save: bool, kills: int | None, seed: int, database: str | 
     """Kill servers and workers at random."""
     draw, kills = random.Random(seed), kills or (QUICK if quick else KILLS)
     start = time.monotonic()
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = resolve(str(tiny_model(root / "models" / "base")))

@@ -24,7 +24,7 @@ import click
 import httpx
 import numpy as np
 
-from benchmarks.common import Goal, finish
+from benchmarks.common import Goal, end_on_sigterm, finish
 from mechmerge.models.references import resolve
 from tests.serving import ServerProcess, submission
 from tests.tiny import tiny_expert, tiny_model
@@ -51,6 +51,7 @@ class Record:
 @click.option("--seconds", default=None, type=float, help="Length (default: 60; with --quick 15).")
 def main(quick: bool, save: bool, seconds: float | None) -> None:
     """Poll and follow a server at work."""
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = resolve(str(tiny_model(root / "models" / "base")))
