@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks.experts.data import arithmetic_examples, json_examples, plain_arithmetic_examples, whole_sentences
 from benchmarks.experts.training import train
@@ -45,7 +46,8 @@ from mechmerge.localize.rounds import RoundSettings, settle
 from mechmerge.models.load import load_model
 from mechmerge.models.references import Model, resolve
 from mechmerge.progress import NullProgress
-from mechmerge.recipe.schema import read_recipe
+from mechmerge.recipe.emit import emit_baseline
+from mechmerge.recipe.schema import Recipe, read_recipe
 from tests import measured
 from tests.tiny import tiny_adapter
 
@@ -311,6 +313,23 @@ def test_arms_have_names_of_their_own(family: str) -> None:
     ) - set(arms.CONTROLS)
 
 
+def test_the_sweep_has_unlike_weights_and_knows_its_ends() -> None:
+    """Every baseline that has weights is asked with experts at unlike weights, task arithmetic on both sides of 1."""
+    swept = arms.sweep(("a", "b"), 0)
+    made = {arm.name: arm for arm in swept}
+    weighted = set(arms.BASELINES) - {"sce", "model-stock"}
+    for expert in ("a", "b"):
+        assert {arm.policy for arm in swept if arm.weights and arm.weights[expert] < max(arm.weights.values())} == weighted
+    pairs = {(arm.weights["a"], arm.weights["b"]) for arm in swept if arm.policy == "task-arithmetic" and arm.weights}
+    assert {(1.0, 0.1), (1.0, 0.3), (1.4, 0.3), (0.7, 0.3), (0.3, 1.4)} <= pairs
+    assert arms.edges(made["task-arithmetic_b-0.3"], swept) == []
+    assert arms.edges(made["task-arithmetic_b-0.1"], swept) == ["b"]
+    assert arms.edges(made["task-arithmetic_others-1.4_b-0.3"], swept) == ["others"]
+    assert arms.edges(made["ties_density-0.8_lambda-1.4"], swept) == ["density", "lambda"]
+    assert arms.edges(made["ties_density-0.5_lambda-1_b-0.3"], swept) == []
+    assert arms.edges(made["model-stock_filter_wise-1"], swept) == []
+
+
 def test_every_policy_has_its_controls() -> None:
     for policy in (*arms.telling(), *arms.others()):
         made = arms.controls(policy)
@@ -563,6 +582,13 @@ def test_a_policy_that_refuses_is_told_and_left_out(study: Study) -> None:
     assert study.refused("rounds") is None
 
 
+def emitted(recipe: Recipe) -> list[dict[str, Any]]:
+    """The models of a baseline's YAML."""
+    paths = {"base": "base"} | {name: name for name in recipe.experts}
+    models: list[dict[str, Any]] = yaml.safe_load(emit_baseline(recipe, paths))["models"]
+    return models
+
+
 def test_baselines_take_their_settings(study: Study) -> None:
     made = {arm.name: arm for arm in arms.sweep(study.skills, 0)}
     uneven, _ = read_recipe(study.recipe(made["task-arithmetic_arithmetic-0.5"]))
@@ -572,6 +598,16 @@ def test_baselines_take_their_settings(study: Study) -> None:
         recipe, _ = read_recipe(study.recipe(one))
         assert recipe.policy.name == policy
         assert dict(one.parameters).items() <= recipe.policy.parameters.items()
+    for policy in (
+        "linear",
+        "ties_density-0.5_lambda-1",
+        "dare-ties_density-0.5",
+        "della_density-0.6_lambda-1",
+        "breadcrumbs_density-0.9",
+    ):
+        uneven, _ = read_recipe(study.recipe(made[f"{policy}_formats-0.3"]))
+        assert {name: expert.default for name, expert in uneven.experts.items()} == {"formats": 0.3, "arithmetic": 1.0}
+        assert [m["parameters"]["weight"] for m in emitted(uneven)[:2]] == [0.3, 1.0]
     scaled, _ = read_recipe(study.recipe(made["ties_density-0.2_lambda-1.4"]))
     assert scaled.mergekit is not None
     assert scaled.mergekit.parameters["lambda"] == 1.4

@@ -23,11 +23,11 @@ A call goes on where an earlier one stopped, at the batch; one call at a time wo
 merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while fine-tunings wait for their test). A policy
 that has changed needs a new folder, or its recipes and evaluations removed.
 
---plan counts what is done and left. All three families and seeds are 2070 evaluations, 36 fine-tunings, 10 trainings: some 84
-evaluations a family and seed in the first wave, of which 52 are the sweep, and 144 in the second, where each policy at each
-budget has eleven controls. An evaluation was 21-43 s in the demo's runs on two free cores and is counted as 45. So the first
-wave is about 2.1 hours a family and seed (6.6 hours for `conflict`, with its trainings; 20 for all) and the second 2.2 (20 for
-all). These are estimates: fine-tuning (10 minutes a step size) and solutions were never timed at full size.
+--plan counts what is done and left. All three families and seeds are 2420 evaluations, 36 fine-tunings, 10 trainings: some 120
+evaluations a family and seed in the first wave, of which 86 are the sweep (107 for `three-way`), and 144 in the second, where
+each policy at each budget has eleven controls. An evaluation was 21-43 s in the demo's runs on two free cores and is counted as
+45. So the first wave is about 2.5 hours a family and seed (8 hours for `conflict`, with its trainings; 24 for all) and the
+second 2.2 (20 for all). These are estimates: fine-tuning (10 minutes a step size) and solutions were never timed at full size.
 `--quick` has two dozen prompts a suite, one round and two settings; its figures mean nothing, and with some twenty
 evaluations, effects and rounds it takes several minutes on two free cores, not one.
 """

@@ -32,8 +32,9 @@ MEASURED: dict[str, Measured] = {
 """What policies are made from."""
 
 WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-LESS = (0.3, 0.5, 0.7)
-"""Task arithmetic with one expert at less than the others' 1."""
+OTHERS = (0.7, 1.0, 1.4)
+LESS = (0.1, 0.2, 0.3, 0.5, 0.7)
+"""Task arithmetic with one expert at less than the others, whose weight is one of `OTHERS`."""
 DENSITIES = (0.2, 0.5, 0.8)
 GRIDS: dict[str, dict[str, tuple[float | bool, ...]]] = {
     "task-arithmetic": {"weight": WEIGHTS},
@@ -47,6 +48,15 @@ GRIDS: dict[str, dict[str, tuple[float | bool, ...]]] = {
     "model-stock": {"filter_wise": (False, True)},
 }
 """What is swept on the develop split, for each baseline; a baseline that is not here has one setting, its default."""
+
+UNEVEN: dict[str, tuple[tuple[float, ...], dict[str, float]]] = {
+    "linear": ((0.1, 0.3, 0.5), {}),
+    "ties": ((0.3,), {"density": 0.5, "lambda": 1.0}),
+    "dare-ties": ((0.3,), {"density": 0.5}),
+    "della": ((0.3,), {"density": 0.6, "lambda": 1.0}),
+    "breadcrumbs": ((0.3,), {"density": 0.9}),
+}
+"""Weights that one expert has in the other weighted baselines, where the others have 1, and the settings beside."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +101,35 @@ def sweep(experts: Sequence[str], seed: int, few: bool = False) -> list[Arm]:
     for policy in BASELINES:
         grid = GRIDS.get(policy, {})
         arms += [_baseline(policy, dict(zip(grid, values, strict=True)), seed) for values in itertools.product(*grid.values())]
-    for expert, weight in itertools.product(experts, LESS):
-        weights = dict.fromkeys(experts, 1.0) | {expert: weight}
-        arms.append(Arm(_named("task-arithmetic", {expert: weight}), "baseline", "task-arithmetic", weights=weights))
-    for expert in experts:
-        weights = dict.fromkeys(experts, 1.0) | {expert: 0.5}
-        arms.append(Arm(_named("linear", {expert: 0.5}), "baseline", "linear", weights=weights))
+    for expert, weight, other in itertools.product(experts, LESS, OTHERS):
+        if weight < other:
+            weights, common = dict.fromkeys(experts, other) | {expert: weight}, {} if other == 1 else {"others": other}
+            name = _named("task-arithmetic", common | {expert: weight})
+            arms.append(Arm(name, "baseline", "task-arithmetic", weights=weights))
+    for policy, (fractions, settings) in UNEVEN.items():
+        for expert, fraction in itertools.product(experts, fractions):
+            weights = dict.fromkeys(experts, 1.0) | {expert: fraction}
+            even = _baseline(policy, settings, seed)
+            arms.append(replace(even, name=_named(policy, settings | {expert: fraction}), weights=weights))
     return arms
+
+
+def edges(arm: Arm, swept: Sequence[Arm]) -> list[str]:
+    """The settings of a baseline at which its sweep ends, so that a better one may lie beyond."""
+    found = []
+    for key, value in _settings(arm).items():
+        values = {held[key] for other in swept if other.policy == arm.policy and key in (held := _settings(other))}
+        if len(values) > 1 and not isinstance(value, bool) and value in (min(values), max(values)):
+            found.append(key)
+    return found
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    told = {**arm.parameters, **arm.whole}
+    if arm.weights:
+        least = min(arm.weights, key=arm.weights.__getitem__)
+        told |= {least: arm.weights[least], "others": max(arm.weights.values())}
+    return told
 
 
 def _baseline(policy: str, settings: dict[str, float], seed: int) -> Arm:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.merging import arms as catalogue
 from benchmarks.merging.arms import HEADLINE
 from benchmarks.merging.found import TUNED, Found
 from benchmarks.merging.gains import Board, Figure
@@ -54,12 +55,14 @@ def develop(found: Found, seed: int, study: Study) -> list[str]:
         if at == seed:
             roles.setdefault(name, []).append(role)
     tuned = {n: study.retained(n, "develop") for n in map(study.tuned_name, study.sizes.rates) if study.done(n, "develop")}
+    arms = {arm.name: arm for arm in catalogue.sweep(study.skills, study.seed, study.sizes.few)}
     rows = []
     for name, shares in (study.swept() | tuned).items():
         values = list(shares.values())
         row = {"setting": name} | {skill: f"{share:.3f}" for skill, share in shares.items()}
         row |= {"mean": f"{sum(values) / len(values):.3f}", "min": f"{min(values):.3f}"}
-        rows.append(row | {"chosen as": ", ".join(roles.get(name, []))})
+        ends = catalogue.edges(arms[name], list(arms.values())) if name in roles and name in arms else []
+        rows.append(row | {"chosen as": ", ".join(roles.get(name, [])), "at an end of the sweep": ", ".join(ends)})
     lines += [*(table(rows) if rows else ["No setting has been evaluated yet."]), ""]
     if not study.sweep_done():
         done, total = found.steps[seed]["sweep"]
