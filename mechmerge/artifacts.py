@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ YAML_LIMIT = 16_000_000
 """Characters: PyYAML reads about a million in a second, and nothing of ours comes near (many prompts are JSON Lines)."""
 
 
+MOST_SEED = 2**63 - 1
+"""The largest seed that numpy and torch both take; the least is 0."""
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 """From the parsed content of one schema version to that of the next; its argument is a copy of its own."""
 
@@ -65,7 +68,7 @@ def _alive(pid: int) -> bool:
 
 def remove_leftovers(path: Path) -> None:
     """Removes what processes that are gone left behind while writing `path`."""
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         pid = leftover.name.rsplit("-", 1)[1]
         if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
             continue
@@ -121,11 +124,14 @@ def is_new(folder: Path) -> bool:
     """Whether a folder can be made: nothing is there, or an empty one.
 
     Raises:
-        InputError: `.` or `..`, which cannot appear under its own name.
+        InputError: `.` or `..`, which cannot appear under its own name, or a link to such a folder, whose place it cannot take.
     """
     if folder.name in ("", ".."):
         raise InputError(str(folder), expected="a folder by its name", found="none", fix="name it from the folder above")
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if new and folder.is_symlink():
+        raise InputError(str(folder), expected="a new folder", found="a link", fix="name the folder that it points to")
+    return new
 
 
 def write_text(path: Path, text: str) -> None:

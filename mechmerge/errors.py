@@ -102,7 +102,7 @@ _MACHINE: dict[int, tuple[str, str, str]] = {
     errno.ENFILE: ("files to open", "the machine's limit reached", f"close some, {AGAIN}"),
     errno.ENOMEM: ("memory", "none left", f"free some, {AGAIN}"),
 }
-_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST}
 """What the system refuses to do with a path that the user named."""
 
 

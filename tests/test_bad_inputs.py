@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mechmerge.cli.main import main
+from mechmerge.models.pair import ALIGN, KEEP
 from mechmerge.models.references import Model
 from tests.samples import evaluation, recipe
 from tests.tiny import tiny_adapter, tiny_model
@@ -162,11 +163,9 @@ damaged("an extra tensor", "TMP/expert: model.layers.1.extra.weight: expected on
 damaged("a tensor of another shape",
         "TMP/expert: model.layers.1.mlp.up_proj.weight: expected [48, 32] as config.json says; found [47, 32]",
         lambda p: p.weights(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(47, 32)})))  # fmt: skip
-damaged("other RoPE settings", "TMP/expert against BASE: expected rope_theta = 10000.0; found 5000.0; use --positions base to "
-        "keep the base's config",
+damaged("other RoPE settings", f"TMP/expert against BASE: expected rope_theta = 10000.0; found 5000.0; {KEEP}",
         lambda p: p.config(rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}))  # fmt: skip
-damaged("another context", "TMP/expert against BASE: expected context = 512; found 1024; use --positions base to keep the base's "
-        "config", lambda p: p.config(max_position_embeddings=1024))  # fmt: skip
+damaged("another context", f"TMP/expert against BASE: expected context = 512; found 1024; {KEEP}", lambda p: p.config(max_position_embeddings=1024))  # fmt: skip
 damaged("GPTQ", f"TMP/expert: expected full-precision weights; found quantised ones (gptq); {PACKED}",
         lambda p: p.config(quantization_config={"quant_method": "gptq", "bits": 4}))  # fmt: skip
 damaged("AutoGPTQ's own file", f"TMP/expert: expected full-precision weights; found quantised ones (gptq); {PACKED}",
@@ -182,8 +181,7 @@ damaged("GGUF", f"TMP/expert: expected model.safetensors; found the quantised fi
 damaged("another architecture", "TMP/expert against BASE: expected the architecture llama; found qwen2",
         lambda p: p.other(family="qwen2"))  # fmt: skip
 damaged("other layers", "TMP/expert against BASE: expected 3 layers; found 2", lambda p: p.other(layers=2))
-damaged("another vocabulary", "TMP/expert against BASE: expected a vocabulary of 320; found 321; use --vocabulary base to align the "
-        "rows by token", lambda p: p.other(vocabulary=["<extra>"]))  # fmt: skip
+damaged("another vocabulary", f"TMP/expert against BASE: expected a vocabulary of 320; found 321; {ALIGN}", lambda p: p.other(vocabulary=["<extra>"]))  # fmt: skip
 damaged("an architecture that is not in the table", "TMP/expert/config.json: expected a model_type of llama, mistral, qwen2, qwen3, "
         "gemma2, gemma3_text, olmo2, phi3, gpt2, gpt_neox; found 'mamba'; this architecture is not supported",
         lambda p: p.config(model_type="mamba"))  # fmt: skip

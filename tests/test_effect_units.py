@@ -71,6 +71,8 @@ def test_recoveries_rise_from_the_base() -> None:
     loss, anchor = samples.effect_file().metadata, on_anchors(samples.effect_file()).metadata
     assert loss.shown(loss.behaviors[0]) == {"path's start": 2.125, "path's end": 1.25, "its expert": 0.75}
     assert anchor.shown(anchor.behaviors[0]) == {"path's start": 0, "path's end": 0.875, "its expert": 1.375}
+    from_sum = anchor.behaviors[0].model_copy(update={"loss_base": 3.0})
+    assert anchor.shown(from_sum) == {"path's start": 0.875, "path's end": 1.75, "its expert": 2.25}, "0 is the base's state"
 
 
 # ------------------------------------------------------------------------------------------------------------------ policies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,23 @@ def test_masks_of_some_kinds_leave_out_what_they_cannot_tell(tmp_path: Path) -> 
     said = tables("diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
     assert [row["field"] for row in said["what differs"]] == ["masks"]
     assert "the same recipe" in call("recipe", "diff", tmp_path / "a.yaml", tmp_path / "a.yaml")
+
+
+def test_the_same_recipe_is_the_same_to_the_last_digit(tmp_path: Path) -> None:
+    plain = by_hand(("L0.mlp", "first", 0.12345671))
+    for name, recipe in {
+        "a": plain,
+        "b": by_hand(("L0.mlp", "first", 0.12345674)),
+        "c": plain.model_copy(update={"predicted": {"formats": -1.0}}),
+        "d": plain.model_copy(update={"predicted": {"formats": -2.0}}),
+    }.items():
+        write_recipe(tmp_path / f"{name}.yaml", recipe, {})
+    (row,) = tables("diff", tmp_path / "a.yaml", tmp_path / "b.yaml")["what differs"]
+    assert (row["field"], row["A"] != row["B"]) == ("rules", True)
+    assert "the same recipe" not in call("recipe", "diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
+    said = call("recipe", "diff", tmp_path / "c.yaml", tmp_path / "d.yaml")
+    assert "the same merge; what they record of it differs" in said
+    assert "the same recipe" in call("recipe", "diff", tmp_path / "d.yaml", tmp_path / "d.yaml")
 
 
 # ------------------------------------------------------------------------------------------------------------ whose files
@@ -683,3 +701,27 @@ def test_files_of_one_expert_are_compared_with_rules(tmp_path: Path) -> None:
     rows = tables("diff", tmp_path / "top.yaml", tmp_path / "rules.yaml")["components"]
     assert {row["expert"] for row in rows} == {"first"}
     assert all(row["share B"] == "83.3 %" for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------- what rounds go with
+def measured_twice(folder: Path, metric: str = "loss") -> Sources:
+    """Effects and rounds of the same experts."""
+    file = effect_file()
+    EffectFile(file.metadata.model_copy(update={"metric": metric}), file.arrays).write(folder / "effects.safetensors")
+    rounds_file().write(folder / "rounds.safetensors")
+    return read_sources([folder / "effects.safetensors", folder / "rounds.safetensors"])
+
+
+def test_a_prediction_says_what_it_is_of(tmp_path: Path) -> None:
+    """Strengths are foreseen by the effects at hand, whatever the recipe's own prediction was of."""
+    for metric in ("loss", "anchor"):
+        made = compile_recipe("rounds", measured_twice(tmp_path, metric), parameters={"strength.first": 0.5})
+        assert made.recipe.predicted is not None
+        assert made.recipe.predicted_on == metric
+
+
+def test_rounds_of_other_experts_are_refused(tmp_path: Path) -> None:
+    sources = measured_twice(tmp_path)
+    more = dataclasses.replace(sources, experts=sources.experts | {"third": OTHER})
+    with pytest.raises(InputError, match="policy rounds: expected a rounds file with third; found one of first, second"):
+        compile_recipe("rounds", more)

@@ -30,6 +30,7 @@ from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.load import load_model, load_tokenizer
 from mechmerge.models.references import Model, resolve
+from mechmerge.publish.outbox import model_files
 from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.compile import BASELINES, compile_recipe
 from mechmerge.recipe.emit import emit_baseline, emit_masked
@@ -177,6 +178,102 @@ def test_the_folder_is_a_whole_model(base: Model, expert: Model, tmp_path: Path)
     assert load_tokenizer(out).chat_template == load_tokenizer(base.path).chat_template
     assert load_model(out).generation_config.max_new_tokens == 7
     assert not list(tmp_path.glob(".*partial*"))
+
+
+ODD_SETTINGS: list[dict[str, Any]] = [
+    {"return_dict_in_generate": True},
+    {"stop_strings": ["<|im_end|>"]},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"max_time": 0.0},
+    {"num_beams": 4},
+]
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_generation_settings_of_the_base_do_not_stop_a_merge(
+    base: Model, expert: Model, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """They are kept, and the merge is tried without them."""
+    folder = shutil.copytree(base.path, tmp_path / "base")
+    told = json.loads((folder / "generation_config.json").read_text()) | settings
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    merge(written(tmp_path, resolve(str(folder)), {"e": expert}, {}), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == told
+
+
+def test_chat_templates_in_a_folder_of_their_own_are_kept(base: Model, expert: Model, tmp_path: Path) -> None:
+    folder = shutil.copytree(base.path, tmp_path / "base")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (folder / "tokenizer").mkdir()  # a folder is no side file, whatever its name
+    (folder / "tokenizer" / "note.txt").write_text("not ours")
+    file = written(tmp_path, resolve(str(folder)), {"e": expert}, {})
+    merge(file, tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    assert set(load_tokenizer(tmp_path / "out").chat_template) == {"default", "tool_use"}
+    (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").unlink()
+    with pytest.raises(InputError, match="the base's additional_chat_templates/tool_use"):
+        merge(file, tmp_path / "out")
+    goes, _ = model_files(folder, ["model.safetensors"])
+    assert "additional_chat_templates/tool_use.jinja" in goes
+    assert "tokenizer/note.txt" not in goes
+
+
+@pytest.mark.parametrize("policy", ["dare-ties", "della", "model-stock"])
+def test_mergekits_methods_write_the_same_bytes_on_any_number_of_threads(tmp_path: Path, policy: str) -> None:
+    """On tensors that are large enough to be shared among threads."""
+    base = resolve(str(tiny_model(tmp_path / "base", layers=1, dtype="bfloat16", vocabulary=[f"<{i}>" for i in range(4000)])))
+    experts = {f"e{i}": resolve(str(tiny_expert(base.path, tmp_path / f"e{i}", seed=i))) for i in (1, 2)}
+    ids = {name: model.id for name, model in experts.items()}
+    made = compile_recipe(policy, Sources(base.id, ids), out_dtype="float32")
+    file = tmp_path / "recipe.yaml"
+    write_recipe(file, made.recipe, made.masks)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            merge(file, tmp_path / str(threads))
+            assert torch.get_num_threads() == threads
+            found.append((tmp_path / str(threads) / "model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_out_is_no_link_to_an_empty_place(base: Model, expert: Model, tmp_path: Path) -> None:
+    file, link = written(tmp_path, base, {"e": expert}, {}), tmp_path / "link"
+    (tmp_path / "real").mkdir()
+    for target in ("real", "nowhere"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(InputError, match="expected a new folder; found a link"):
+            merge(file, link)
+
+
+def test_leftovers_beside_a_name_with_glob_signs_go(base: Model, expert: Model, tmp_path: Path) -> None:
+    left = tmp_path / ".out[1].partial-999999"
+    left.mkdir()
+    merge(written(tmp_path, base, {"e": expert}, {}), tmp_path / "out[1]")
+    assert not left.exists()
+
+
+def test_one_model_under_two_names(base: Model, expert: Model, tmp_path: Path) -> None:
+    """The direct writer sums it twice; mergekit takes each model once."""
+    file = written(tmp_path, base, {"one": expert, "two": expert}, {}, 0.5)
+    merge(file, tmp_path / "out")
+    with pytest.raises(InputError, match="experts one and two: expected each model once"):
+        merge(file, tmp_path / "other", engine="mergekit")
+
+
+def test_advice_names_the_expert_and_not_its_model(base: Model, expert: Model, tmp_path: Path) -> None:
+    """Models may have the same name, `checkpoint-500` say."""
+    folder = shutil.copytree(expert.path, tmp_path / "checkpoint-500")
+    file = written(tmp_path, base, {"mine": resolve(str(folder))}, {})
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(MissingError, match="pass --model mine=MODEL"):
+        merge(file, tmp_path / "out")
+    merge(file, tmp_path / "out", {"mine": tmp_path / "moved"})
 
 
 def test_mergekits_shards_are_written_with_their_index(base: Model, expert: Model, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -97,6 +98,36 @@ def test_a_masked_recipe_through_mergekits_own_tool(base: Model, expert: Model, 
     assert done.returncode == 0, done.stderr
     check_formula(file, tmp_path / "out", base, experts, torch.bfloat16, "mergekit")
     assert Checkpoint(tmp_path / "out").shapes == base.checkpoint().shapes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no file", "FileNotFoundError"),
+        ("no YAML", "ParserError"),
+        ("no model", "missing"),
+        ("recipe moved", "set `recipe:` to where it is now"),
+        ("unknown expert", "models with expert: e, each once; found x"),
+    ],
+)
+def test_what_mergekit_fails_over_is_one_clear_line(base: Model, expert: Model, tmp_path: Path, change: str, said: str) -> None:
+    file = written(tmp_path, base, {"e": expert}, {})
+    text = emit_masked(read_recipe(file)[0], file, {"base": base.path, "e": expert.path})
+    match change:
+        case "no YAML":
+            text = "a: ["
+        case "no model":
+            text = text.replace(str(expert.path), str(tmp_path / "missing"))
+        case "recipe moved":
+            text = text.replace(str(file), str(tmp_path / "moved.yaml"))
+        case "unknown expert":
+            text = text.replace("expert: e", "expert: x")
+    yaml = tmp_path / "masked.yaml"
+    if change != "no file":
+        yaml.write_text(text, "utf-8")
+    with pytest.raises((InputError, MissingError), match=re.escape(said)) as caught:
+        run_tool("yaml", [str(yaml), str(tmp_path / "out"), "--quiet"])
+    assert "\n" not in str(caught.value)
 
 
 def test_usage_errors_are_mergekits() -> None:

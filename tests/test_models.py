@@ -20,7 +20,7 @@ from mechmerge.models.cache import cache_folder
 from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.deltas import delta_of
 from mechmerge.models.families import FAMILIES
-from mechmerge.models.load import empty_model, load_model, load_tokenizer
+from mechmerge.models.load import empty_model, load_model, load_tokenizer, quiet
 from mechmerge.models.pair import align, check_pair, token_ids
 from mechmerge.models.positions import POSITIONS, positions_of
 from mechmerge.models.references import Model, find, resolve
@@ -168,6 +168,88 @@ def test_an_adapter_of_another_model_is_refused(base: Model, tmp_path: Path) -> 
         resolve(f"{base.path}+{adapter}")
     one_line(caught)
     assert not list((cache_folder() / "materialised").glob(".*partial*"))
+
+
+def _edited(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    save_file(edit(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors", {"format": "pt"})
+    return adapter
+
+
+TIED = {
+    "low rank on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "low rank on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "another head": {"modules_to_save": ["lm_head"]},
+    "other embeddings": {"modules_to_save": ["embed_tokens"]},
+    "both, unlike": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_an_adapter_that_unties_a_tied_base_is_refused(base: Model, tmp_path: Path, kind: str) -> None:
+    """There is one matrix in its checkpoint: written as such, it would be another model than the one that peft runs."""
+
+    def edit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        first = next(name for name in weights if "embed_tokens" in name or "lm_head" in name)
+        return weights | {first: weights[first] + 1}
+
+    assert base.checkpoint().arch.tied
+    adapter = _edited(tiny_adapter(base.path, tmp_path / "lora", **TIED[kind]), edit)
+    with pytest.raises(PairError, match="head") as caught:
+        resolve(f"{base.path}+{adapter}")
+    one_line(caught)
+    assert not list((cache_folder() / "materialised").glob(".*partial*"))
+    open_base = tiny_model(tmp_path / "untied", tied=False)
+    adapter = _edited(tiny_adapter(open_base, tmp_path / "open", **TIED[kind]), edit)
+    check_as_peft_runs_it(open_base, adapter)
+
+
+def test_equal_embeddings_and_head_of_a_tied_base_are_taken(base: Model, tmp_path: Path) -> None:
+    adapter = tiny_adapter(base.path, tmp_path / "lora", modules_to_save=["embed_tokens", "lm_head"])
+    whole = ("embed_tokens.weight", "lm_head.weight")
+    _edited(adapter, lambda weights: {name: w * 1.5 if name.endswith(whole) else w for name, w in weights.items()})
+    check_as_peft_runs_it(base.path, adapter)
+
+
+def check_as_peft_runs_it(base: Path, adapter: Path) -> None:
+    """BASE+ADAPTER answers as the base does with peft's adapter on it."""
+    from peft import PeftModel
+
+    prompt = torch.arange(3, 12)[None]
+    with quiet(), torch.no_grad():
+        on = PeftModel.from_pretrained(load_model(base), adapter, torch_device="cpu").eval()
+        merged = load_model(resolve(f"{base}+{adapter}").path)
+        torch.testing.assert_close(merged(prompt).logits, on(prompt).logits, atol=2e-5, rtol=2e-5)
+        assert not torch.allclose(merged(prompt).logits, load_model(base)(prompt).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "lokr"])
+def test_adapters_are_applied_whole_or_not_at_all(base: Model, tmp_path: Path, kind: str) -> None:
+    from peft import IA3Config, LoKrConfig, get_peft_model
+
+    adapter = tmp_path / kind
+    if kind == "lora":
+        tiny_adapter(base.path, adapter)
+    else:
+        ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+        config = ia3 if kind == "ia3" else LoKrConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+        with quiet():
+            model = get_peft_model(load_model(base.path), config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.2
+            model.save_pretrained(adapter)
+    check_as_peft_runs_it(base.path, adapter)
+    whole = load_file(adapter / "adapter_model.safetensors")
+    odd = {
+        "no such tensor": {n: w for n, w in whole.items() if "layers.1." not in n},
+        "other modules": {n.replace("layers.", "h."): w for n, w in whole.items()},
+        r"other modules \(base_model.model.model.extra.weight": whole | {"base_model.model.model.extra.weight": torch.ones(3)},
+    }
+    for said, weights in odd.items():
+        _edited(adapter, lambda _, weights=weights: weights)
+        with pytest.raises(PairError, match=said) as caught:
+            resolve(f"{base.path}+{adapter}")
+        one_line(caught)
 
 
 def test_an_adapter_alone_is_no_model(base: Model, tmp_path: Path) -> None:

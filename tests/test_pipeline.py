@@ -214,6 +214,12 @@ def test_two_runs_on_one_folder_are_refused(finished: Path, pipeline: Path) -> N
         ({"recipes": {"t": {"policy": "della", "within": "x"}}, "publish": "t"}, "`within` belongs to"),
         ({"recipes": {"t": {"policy": "ties", "within": "later"}}, "publish": "t"}, "'later' is not an earlier recipe"),
         ({"protect": {"loud": {}}}, "taken by a behaviour"),
+        (
+            {"recipes": {"c": {"policy": "conflict", "parameters": {"weight.lout": 2}}}, "publish": "c"},
+            "'lout' is not",
+        ),
+        ({"recipes": {"c": {"policy": "conflict", "parameters": {"strength.x": 2}}}, "publish": "c"}, "'x' is not among a, b"),
+        ({"recipes": {"d": {"policy": "dare-ties", "seed": -1}}, "publish": "d"}, "seed"),
     ],
 )
 def test_pipelines_that_break_the_schema(

@@ -211,7 +211,7 @@ def test_plan_prints_and_measures_nothing(
     assert not (tmp_path / "out").exists()
     effects = ["effects", str(base.path), f"a={expert.path}", "--behavior", f"{tmp_path / 'loud.yaml'}=a", "--plan"]
     cli.main([*effects, "--out", str(tmp_path / "effects.safetensors"), "--format", "json"], standalone_mode=False)
-    assert "effects at 10 nodes" in capsys.readouterr().out
+    assert "effects at 14 nodes" in capsys.readouterr().out
     assert not (tmp_path / "effects.safetensors").exists()
 
 

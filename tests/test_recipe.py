@@ -360,6 +360,8 @@ def test_every_policy_compiles_to_a_recipe_that_survives(measured: list[Path], t
         ("ties", {"density": 1.5}, "density"),
         ("task-arithmetic", {"density": 0.5}, "'density'"),
         ("linear", {"weight": True}, "weight"),
+        ("linear", {"weight": 0}, "sum is not 0"),
+        ("conflict", {"weights": {"formats": 2.0}}, "weight.NAME"),
     ],
 )
 def test_parameters_that_a_policy_refuses(measured: list[Path], policy: str, parameters: dict[str, Any], message: str) -> None:
@@ -367,6 +369,17 @@ def test_parameters_that_a_policy_refuses(measured: list[Path], policy: str, par
         compile_recipe(policy, read_sources(measured), parameters=parameters)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_controls_of_ties_within_a_recipe_foresee_nothing(measured: list[Path]) -> None:
+    """Nor does what they are like: effects of components say nothing of what TIES does."""
+    sources = read_sources(measured)
+    inside = compile_recipe("conflict", sources)
+    ties = compile_recipe("ties", sources, within=(inside.recipe, inside.masks))
+    for policy in ("random", "magnitude"):
+        made = compile_recipe(policy, sources, like=(ties.recipe, ties.masks))
+        assert made.recipe.predicted is None, policy
+        assert compile_recipe(policy, sources, like=(inside.recipe, inside.masks)).recipe.predicted, policy
 
 
 @pytest.mark.parametrize(("policy", "name"), [("random", "per_layer"), ("random", "match_norms"), ("magnitude", "per_layer")])

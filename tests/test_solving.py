@@ -290,6 +290,18 @@ def call(*arguments: object) -> dict[str, Any]:
     return {key: value for text in done.stdout.splitlines() for key, value in json.loads(text).items()}
 
 
+def test_limits_are_looked_at_before_anything_is_measured(
+    effects: Path, base: Model, expert: Model, second_expert: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("an answer was asked for")
+
+    monkeypatch.setattr("mechmerge.localize.solving.references", measured)
+    settings = SolveSettings(**COMMON, limits={"nothing": 0.1})
+    with pytest.raises(InputError, match="limits: expected behaviours among .*; found nothing"):
+        settle_solution(base, {"a": expert, "b": second_expert}, rows(), proven(effects), tmp_path / "r.safetensors", settings)
+
+
 def test_the_commands(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
     for name in ("one", "two"):
         document = behavior(name).model_dump(mode="json", by_alias=True)

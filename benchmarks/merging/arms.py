@@ -51,12 +51,12 @@ GRIDS: dict[str, dict[str, tuple[float | bool, ...]]] = {
 
 UNEVEN: dict[str, tuple[tuple[float, ...], dict[str, float]]] = {
     "linear": ((0.1, 0.3, 0.5), {}),
-    "ties": ((0.3,), {"density": 0.5, "lambda": 1.0}),
-    "dare-ties": ((0.3,), {"density": 0.5}),
-    "della": ((0.3,), {"density": 0.6, "lambda": 1.0}),
+    "dare-ties": ((0.3,), {"density": 0.8}),
     "breadcrumbs": ((0.3,), {"density": 0.9}),
 }
-"""Weights that one expert has in the other weighted baselines, where the others have 1, and the settings beside."""
+"""Weights that one expert has in other baselines, where the others have 1, and the settings beside. TIES and DELLA are not
+among them: they divide by the weights of those that agree, so that an element which one expert alone moves is moved whole.
+"""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mechmerge.localize.plan import Plan
 
 
+SEED = click.IntRange(0, 2**63 - 1)
+"""As `artifacts.MOST_SEED` says; importing that takes longer than printing a help text may."""
+
+
 def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--threads N` (torch's default otherwise)."""
     return click.option("--threads", type=click.IntRange(1), default=None, help="Threads for computing (default: all cores).")(
@@ -99,7 +103,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Tokens of an answer that its loss is the mean over: all alike (so do effects), or by how much the other "
             "models contest them (so do rounds; --solve: as the effects).",
         ),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=SEED, default=0, show_default=True),
     )  # fmt: skip
     for option in reversed(options):
         function = option(function)

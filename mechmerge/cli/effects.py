@@ -48,7 +48,13 @@ from mechmerge.cli.common import (
     show_default=True,
     help="Completeness error at which no more nodes are added.",
 )
-@click.option("--max-nodes", type=click.IntRange(6), default=10, show_default=True, help="Most points of the path.")
+@click.option(
+    "--max-nodes",
+    type=click.IntRange(6),
+    default=10,
+    show_default=True,
+    help="Most points of the path that are kept; an interval that is halved has its own taken anew.",
+)
 @click.option("--from", "origin", type=click.Choice(["base", "sum"]), default="base", show_default=True,
               help="base: along the path to the sum; sum: from there to what a round would leave of it.")  # fmt: skip
 @click.option("--check", type=click.IntRange(4), metavar="N",

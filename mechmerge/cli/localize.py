@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    SEED,
     BehaviorCommand,
     CountOrAuto,
     Finite,
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
 @click.option("--invalid-anchor", type=click.Choice(["refuse", "report"]), default="refuse", show_default=True,
               help="What to do when an anchor fails its validity check.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @memory_options
 @pair_options
 @device_option

@@ -11,7 +11,7 @@ import click
 def command(tool: str, arguments: tuple[str, ...]) -> int:
     """Run mergekit's own TOOL (yaml, multi, pytorch, extract-lora, ...) with our merge method registered.
 
-    What `mechmerge recipe --emit masked` writes is run by `mechmerge mergekit yaml recipe.mergekit.yaml OUT`.
+    What `mechmerge recipe --emit masked` writes beside the recipe is run by `mechmerge mergekit yaml mergekit.yaml OUT`.
     """
     from mechmerge.merge.tools import run_tool
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import click
 
 from mechmerge.cli.common import (
+    SEED,
     Finite,
     format_option,
     make_progress,
@@ -99,7 +100,8 @@ class CommandWithOthers(click.Command):
 @click.option("--per-layer", is_flag=True, help="random, magnitude: keep the count of each layer as well.")
 @click.option("--match-norms", is_flag=True, default=None,
               help="random: shuffle within each layer among components whose deltas are about as large.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="random, dare-ties, della: seed of what is drawn.")
+@click.option("--seed", type=SEED, default=0, show_default=True,
+              help="random, dare-ties, della: seed of what is drawn.")  # fmt: skip
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
 @click.option(
     "--emit", type=click.Choice(["stock", "masked"]), help="Write mergekit YAML too, as mergekit.yaml beside the recipe."

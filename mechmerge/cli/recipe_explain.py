@@ -20,7 +20,7 @@ def diff(one: str, other: str, output: str) -> None:
     """
     from mechmerge.models.components import UNIT_KINDS
     from mechmerge.models.hub_files import local_file
-    from mechmerge.recipe.differences import difference_rows, differing_fields, differing_sizes, predicted_difference
+    from mechmerge.recipe.differences import are_same, difference_rows, differing_fields, differing_sizes, predicted_difference
     from mechmerge.recipe.explain import mask_shapes, resolved
     from mechmerge.recipe.schema import read_recipe
 
@@ -37,10 +37,11 @@ def diff(one: str, other: str, output: str) -> None:
             tables["components"] = difference_rows(shared)
     if a.predicted or b.predicted:
         tables["against the base"] = predicted_difference(a, b)
-    same = not tables["what differs"] and not any(row["differ"] for row in tables.get("components", []))
-    if same and output == "table":
+    if output == "table" and are_same(a, a_masks, b, b_masks):
         click.echo("A and B are the same recipe")
         return
+    if output == "table" and not tables["what differs"] and not any(row["differ"] for row in tables.get("components", [])):
+        click.echo("A and B make the same merge; what they record of it differs")
     show_all(tables, output)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mechmerge.artifacts import Document, Units, digest
+from mechmerge.artifacts import MOST_SEED, Document, Units, digest
 from mechmerge.behaviors.chat import chat_template_of, render
 from mechmerge.behaviors.generation import generate
 from mechmerge.behaviors.schema import Behavior
@@ -62,7 +62,7 @@ class CalibrationSettings(Document):
     """
     tokens: Tokens = "all"
     """Which tokens of an answer its loss is the mean over."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
 

@@ -188,7 +188,7 @@ class EffectMetadata(Document):
     def shown(self, behavior: BehaviorEffect) -> dict[str, float]:
         """A behaviour at `path's start`, `path's end` and `its expert`, as it is shown: losses, or recoveries."""
         values = {"path's start": behavior.loss_start, "path's end": behavior.loss_end, "its expert": behavior.loss_expert}
-        return values if self.metric == "loss" else {where: behavior.loss_start - value for where, value in values.items()}
+        return values if self.metric == "loss" else {where: behavior.at_base - value for where, value in values.items()}
 
     @property
     def counted(self) -> str:

@@ -56,7 +56,9 @@ class EffectSettings(AnchorCalibrationSettings):
     tolerance: float = Field(default=0.05, gt=0)
     """Completeness error at which no more nodes are added."""
     max_nodes: int = Field(default=10, ge=6)
-    """Most points of the path at which gradients are taken (from the base; a short path has four)."""
+    """Most points of the path that are kept (from the base; a short path has four). Halving an interval gives up its two points
+    for four new ones, so that gradients are taken at up to 2 × max_nodes − 6.
+    """
     origin: Origin = "base"
     """Where the path starts: at the base, or at the sum, where merges are decided."""
     check: int = Field(default=0, ge=0)

@@ -185,6 +185,14 @@ class EffectOptions(Protocol):
     tokens: Any
 
 
+def _most_nodes(settings: EffectOptions) -> int:
+    """Points at which gradients are taken at most: a halved interval's two are given up for four."""
+    if getattr(settings, "origin", "base") == "sum":
+        return SHORT_NODES
+    kept: int | None = getattr(settings, "max_nodes", None)
+    return ROUND_NODES if kept is None else 6 + 4 * ((kept - 6) // 2)
+
+
 def plan_effects(
     base: Checkpoint,
     experts: int,
@@ -214,9 +222,7 @@ def plan_effects(
             total += sum(prompts.asking) + n * behavior.answer_tokens
             longest = max(longest, max(prompts.asking) + behavior.answer_tokens)
             positions = max(positions, n, settings.batch * (behavior.answer_tokens + 1))
-    e, nodes = experts, getattr(settings, "max_nodes", ROUND_NODES)
-    if getattr(settings, "origin", "base") == "sum":
-        nodes = SHORT_NODES
+    e, nodes = experts, _most_nodes(settings)
     losses = nodes // 2 + 1 + len({expert for expert, _ in rows}) + getattr(settings, "check", 0)
     losses += 1 + experts if settings.tokens == "contested" else 0
     batches = -(-len(lengths) // settings.batch)
@@ -270,7 +276,7 @@ def plan_anchor_effects(
         batches += -(-len(own) // settings.batch)
         longest = max(longest, max(prompts.asking) + (behavior.answer_tokens if asked else 0))
         states = max(states, sum(prompts.asking), sum(prompts.plain))
-    nodes, point, total = getattr(settings, "max_nodes", ROUND_NODES), 1 + experts, sum(lengths)
+    nodes, point, total = _most_nodes(settings), 1 + experts, sum(lengths)
     values = nodes // 2 + 1 + len({expert for expert, _, _ in members})
     steps += [
         Step("states along the path", values * total * depth, reads=values * point * depth, loads=values * point),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mechmerge.artifacts import Document
+from mechmerge.artifacts import MOST_SEED, Document
 from mechmerge.localize.curve_sets import OUTPUT_SHARES, Shares
 from mechmerge.localize.roles import RoleThresholds
 from mechmerge.models.pair import PositionRule, VocabularyRule
@@ -88,7 +88,7 @@ class LocalizeSettings(LocalizePlan):
     """Bytes that may be used; what is free when None. Below what the whole model takes, its layers are streamed from disk,
     which changes no score.
     """
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     vocabulary: VocabularyRule = "same"
     positions: PositionRule = "same"
 

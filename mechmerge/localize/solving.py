@@ -81,11 +81,13 @@ def settle_solution(
     settings = settings or SolveSettings(tokens=effects.metadata.tokens)
     doubt = check_proven(effects, settings.unproven)
     _check_same(base, experts, rows, effects, settings)
+    limits = limits_of(effects, settings.limits)
+    first = solve_effects(effects, settings.budget, limits, settings.agreement)
     if doubt is not None:
         progress.note(f"solve: {doubt}")
     calibration = Calibration(base, experts, rows, out.parent / f".{out.stem}.units", settings, progress)
     with lock(out.with_name(f".{out.name}.lock"), f"rounds file {out}"):
-        file = _solutions(calibration, effects, settings)
+        file = _solutions(calibration, effects, settings, limits, first)
         calibration.check()
         file.write(out)
         calibration.units.discard()
@@ -117,15 +119,16 @@ def _check_same(
         )
 
 
-def _solutions(calibration: Calibration, effects: EffectFile, settings: SolveSettings) -> RoundsFile:
+def _solutions(
+    calibration: Calibration, effects: EffectFile, settings: SolveSettings, limits: dict[str, float], solved: Solved
+) -> RoundsFile:
+    """Measures at the first solution, and where its predictions are off, at a second one."""
     base_loss, own = references(calibration)
     counts = per_nat(calibration, base_loss - own)
     names = [row.name for row in calibration.rows]
-    limits = limits_of(effects, settings.limits)
     start = everything(calibration)
     sum_loss = mean_losses(calibration, start, "the sum")
     found: list[tuple[Solved, Array]] = []
-    solved = solve_effects(effects, settings.budget, limits, settings.agreement)
     for number in (1, 2):
         point = Point(solved.rest, solved.units)
         there = mean_losses(calibration, point, f"solution {number}")

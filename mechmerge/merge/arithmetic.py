@@ -9,7 +9,8 @@ of a zero. Everything is done element by element, so no order of work and no num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,6 +24,17 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 """Integers of the same size: numpy knows no bfloat16, and moving values needs none."""
 Index = Array | slice
 """Rows or columns: a contiguous run, or their numbers."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch work on one thread: sums over a tensor (norms, products, decompositions) come out in other bits on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

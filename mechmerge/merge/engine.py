@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 from mechmerge.artifacts import atomic_folder, drop_lock, is_new, lock, to_yaml
 from mechmerge.errors import CheckpointError, InputError, MechmergeError, PairError
+from mechmerge.merge.arithmetic import one_thread
 from mechmerge.merge.verify import verify
 from mechmerge.merge.writer import write_weights
 from mechmerge.models.adapters import copy_side_files
@@ -152,9 +154,14 @@ def _through_mergekit(
     from mechmerge.merge.executor import execute
 
     paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
+    for one, other in combinations(experts, 2):
+        if paths[one] == paths[other]:
+            raise InputError(f"experts {one} and {other}", expected="each model once, as mergekit wants it",
+                             found=f"{paths[one]} twice")  # fmt: skip
     plain = recipe.mergekit is not None and not recipe.mergekit.within
     text = emit_baseline(recipe, paths) if plain else emit_masked(recipe, partial / RECIPE_NAME, paths)
-    execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+    with one_thread():
+        execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
 
 
 def keep_recipe(recipe_file: Path, recipe: Recipe, masks: Masks, folder: Path, *, restricted: bool) -> Recipe:
@@ -250,7 +257,7 @@ def norms_of(recipe: Recipe, expert: str, models: Mapping[str, Path]) -> dict[st
 
 def _find(model: ModelId, name: str, models: Mapping[str, Path]) -> Path:
     given = next((models[key] for key in (name, model.name, model.digest) if key in models), None)
-    return find(model, {} if given is None else {model.digest: given}).resolve()
+    return find(model, {} if given is None else {model.digest: given}, name).resolve()
 
 
 def _write_config(base: Checkpoint, out_dtype: str, folder: Path) -> None:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from mechmerge.artifacts import Document, atomic_folder, is_new, lock, read_document, sha256_file, write_json
+from mechmerge.artifacts import Document, atomic_folder, drop_lock, is_new, lock, read_document, sha256_file, write_json
 from mechmerge.errors import InputError, MechmergeError
+from mechmerge.merge.arithmetic import one_thread
 from mechmerge.merge.delta import summed_delta
 from mechmerge.merge.engine import RECIPE_NAME, keep_recipe, lock_of, open_models, restrict
 from mechmerge.merge.lowrank import How, factorise
@@ -132,6 +133,7 @@ def export_lora(
     if expert is not None:
         recipe, masks = restrict(recipe, masks, expert)
     if (there := _done(out, source, tuple(recipe.experts), rank)) is not None:
+        drop_lock(lock_of(out))
         progress.note(f"{out} already holds this adapter")
         return there
     base, experts = open_models(recipe, models or {})
@@ -198,6 +200,7 @@ def _done(out: Path, source: str, experts: tuple[str, ...], rank: int) -> Export
     )
 
 
+@one_thread()
 def _put_together(
     recipe: Recipe, masks: Masks, base: Checkpoint, experts: Mapping[str, Checkpoint], rank: int, progress: Progress
 ) -> _Adapter:

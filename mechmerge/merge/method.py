@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from mechmerge.errors import MechmergeError
+from mechmerge.errors import InputError, MechmergeError
 from mechmerge.merge.delta import coefficient_of, summed_delta
 from mechmerge.merge.probe import probe
 from mechmerge.merge.within import merge_within
@@ -56,7 +56,7 @@ def masked(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
     if base is None or name is None:
         raise MechmergeError(METHOD, expected="a base and a named tensor", found=str(name))
     plan = _plan(recipe, str(base.id.model.path))
-    by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
+    by_expert = _by_expert(group, expert, plan)
     ordered = {which: by_expert[which] for which in plan.recipe.experts}
     total = summed_delta(name, base.tensor, ordered, plan.owners[name], plan.found)
     merged: torch.Tensor = total.add_(base.tensor)
@@ -72,7 +72,7 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
     method = plan.recipe.mergekit
     if method is None:
         raise MechmergeError(WITHIN, expected="a recipe with a mergekit block", found=plan.recipe.policy.name)
-    by_expert = {expert[entry.id]: entry.tensor for entry in group.non_base}
+    by_expert = _by_expert(group, expert, plan)
     names = list(plan.recipe.experts)
     deltas = [by_expert[which] - base.tensor for which in names]
     told = [method.expert_parameters.get(which, {}) for which in names]
@@ -90,6 +90,15 @@ def within(group: TensorGroup, recipe: str, expert: PerNonBase[str]) -> torch.Te
     )
     merged: torch.Tensor = base.tensor + change * float(method.parameters.get("lambda", 1.0))
     return merged
+
+
+def _by_expert(group: TensorGroup, expert: PerNonBase[str], plan: Plan) -> dict[str, torch.Tensor]:
+    """The experts' tensors by their names in the recipe, whose experts the YAML must name, each once."""
+    named = [str(expert[entry.id]) for entry in group.non_base]
+    if sorted(named) != sorted(plan.recipe.experts):
+        wanted = ", ".join(plan.recipe.experts)
+        raise InputError("mergekit YAML", expected=f"models with expert: {wanted}, each once", found=", ".join(named) or "none")
+    return {expert[entry.id]: entry.tensor for entry in group.non_base}
 
 
 register(
@@ -113,7 +122,12 @@ register(
 
 
 def _plan(recipe: str, base: str) -> Plan:
-    return _read_plan(recipe, os.stat(recipe).st_mtime_ns, base)
+    try:
+        changed = os.stat(recipe).st_mtime_ns
+    except FileNotFoundError:
+        raise InputError("mergekit YAML: recipe", expected="the recipe that it was written for", found=f"no file {recipe}",
+                         fix="set `recipe:` to where it is now, its masks beside it") from None  # fmt: skip
+    return _read_plan(recipe, changed, base)
 
 
 @functools.lru_cache(maxsize=1)

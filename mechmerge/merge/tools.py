@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from mechmerge.errors import InputError, MissingError
+import click
+
+from mechmerge.errors import InputError, MechmergeError, MissingError, machine_error
 from mechmerge.merge.probe import VERSION, probe
 
 
@@ -47,7 +49,7 @@ def run_tool(name: str, arguments: Sequence[str]) -> Any:
         arguments: its own.
 
     Raises:
-        InputError: no such tool.
+        InputError: no such tool, or it fails over what it is given.
         MissingError: mergekit, or something that the tool needs, is not there.
     """
     known = tools()
@@ -64,5 +66,13 @@ def run_tool(name: str, arguments: Sequence[str]) -> Any:
     try:
         # click's own way in: usage errors and `--help` are mergekit's
         return command.main(args=list(arguments), prog_name=f"mechmerge mergekit {name}", standalone_mode=False)
+    except (MechmergeError, click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        # mergekit checks little of what it is told, and raises whatever comes of it.
+        if machine_error(error) is not None:
+            raise
+        told = f"{type(error).__name__}: {error}"
+        raise InputError(f"mergekit {name}", expected="arguments and files that it can work with", found=told) from error
     finally:
         sys.argv = before

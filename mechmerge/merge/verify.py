@@ -25,8 +25,7 @@ from mechmerge.merge.arithmetic import BITS, Index, along, as_run, is_finite, ta
 from mechmerge.merge.cuts import BASE, Cut, copied_from, cut_of
 from mechmerge.merge.mapped import Mapped
 from mechmerge.merge.reference import direct_tensor, merged_tensor
-from mechmerge.models.adapters import SIDE_FILES
-from mechmerge.models.checkpoint import Checkpoint
+from mechmerge.models.checkpoint import Checkpoint, side_files
 from mechmerge.models.load import empty_model, quiet, torch_dtype
 from mechmerge.models.pair import token_ids, vocabulary_file
 from mechmerge.models.positions import positions_of
@@ -189,11 +188,10 @@ def _sample(base: Checkpoint) -> set[str]:
 
 def _check_sides(merged: Checkpoint, base: Checkpoint) -> None:
     folder = merged.folder
-    for pattern in SIDE_FILES:
-        for file in base.folder.glob(pattern):
-            copy = folder / file.name
-            if not copy.is_file() or copy.read_bytes() != file.read_bytes():
-                raise MechmergeError(f"merged model {folder}", expected=f"the base's {file.name}", found="none or another")
+    for name in side_files(base.folder):
+        copy = folder / name
+        if not copy.is_file() or copy.read_bytes() != (base.folder / name).read_bytes():
+            raise MechmergeError(f"merged model {folder}", expected=f"the base's {name}", found="none or another")
     mine, theirs = positions_of(merged.config), positions_of(base.config)
     if mine != theirs:
         key = next(k for k in theirs if mine[k] != theirs[k])
@@ -235,10 +233,16 @@ def check_loads(merged: Checkpoint) -> None:
 def check_generates(merged: Checkpoint, tokens: int = 2) -> None:
     """Lets transformers generate a few tokens from the written weights, mapped: they take no memory of their own.
 
+    Greedily, whatever the base's generation settings are: those are copied, and may ask for what is not at hand here (a
+    tokenizer, another cache, several answers).
+
     Raises:
         MechmergeError: it does not, or the scores are not finite.
     """
+    from transformers import GenerationConfig
+
     model = empty_model(merged.folder, str(merged.config["dtype"]))
+    model.generation_config = GenerationConfig()
     family = merged.arch.family
     with Mapped(merged) as weights, torch.no_grad():
         for name in merged.entries:

@@ -15,10 +15,12 @@ from typing import Any
 from mechmerge.artifacts import Watch, atomic_folder, digest, make_once, sha256_file
 from mechmerge.errors import CheckpointError, MechmergeError, MissingError, PairError, machine_error
 from mechmerge.models.cache import cache_folder, hold
-from mechmerge.models.checkpoint import SIDE_FILES as SIDE_FILES
-from mechmerge.models.checkpoint import Checkpoint, read_header
+from mechmerge.models.checkpoint import Checkpoint, read_header, side_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MERGED_AS = 2
+"""Goes up when a pair may come out differently: what older versions left in the cache is not taken then."""
+UNTIE = "merge it into a base whose head is a tensor of its own (tie_word_embeddings: false)"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -76,7 +78,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
     """
     own = adapter_digests(adapter)
     watches = [Checkpoint(base).watch(base_digests), Watch(adapter / name for name in own)]
-    key = digest({"base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
+    key = digest({"how": MERGED_AS, "base": base_digests, "sides": side_digest(base), "adapter": own})[:32]
     folder = cache_folder() / "materialised" / key
     hold(folder)
     make_once(folder, f"cache entry {folder.name}", lambda: _merge(base, adapter, folder, watches))
@@ -84,6 +86,7 @@ def materialise(base: Path, base_digests: dict[str, str], adapter: Path) -> Path
 
 
 def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> None:
+    import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -93,11 +96,15 @@ def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> Non
     try:
         with quiet():
             model = PeftModel.from_pretrained(load_model(base), adapter, torch_device="cpu")
-            expected = {name for name in get_peft_model_state_dict(model) if "lora_" in name}
-            given = set(read_header(adapter / WEIGHTS))
-            missing = sorted(n for n in given - expected if "lora_" in n) + sorted(expected - given)
-            if missing:
-                raise PairError(str(adapter), expected=f"an adapter for {base.name}", found=f"other modules ({missing[0]})")
+            # peft passes over what it has no place for, and leaves at its first values what the file lacks.
+            expected, given = get_peft_model_state_dict(model, save_embedding_layers=False), read_header(adapter / WEIGHTS)
+            if unplaced := sorted(given.keys() - expected.keys() - model.state_dict().keys()):
+                raise PairError(str(adapter), expected=f"an adapter for {base.name}", found=f"other modules ({unplaced[0]})")
+            lacking = sorted(expected.keys() - given.keys())
+            # Biases (`bias: all`) that it lacks are the base's.
+            if lacking := [name for name in lacking if "lora_" in name or not name.endswith(".bias")]:
+                raise PairError(str(adapter), expected=f"{lacking[0]} for {base.name}", found="no such tensor in the adapter")
+            _check_tied(model.get_base_model(), checkpoint, adapter)
             merged = model.merge_and_unload(safe_merge=False)
     except MechmergeError:
         raise
@@ -107,6 +114,10 @@ def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> Non
             raise
         raise PairError(str(adapter), expected=f"a peft adapter that merges into {base}", found=str(error)) from None
     state = merged.state_dict()
+    if checkpoint.arch.tied and not torch.equal(*(state[f"{module}.weight"] for module in _ends(checkpoint))):
+        raise PairError(
+            str(adapter), expected="one matrix for the head and the embeddings, as the base has", found="two", fix=UNTIE
+        )
     with atomic_folder(folder) as partial:
         tensors = {}
         for name in sorted(checkpoint.entries):
@@ -121,14 +132,34 @@ def _merge(base: Path, adapter: Path, folder: Path, watches: list[Watch]) -> Non
             watch.check()
 
 
+def _ends(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The modules of embeddings and head, as transformers names them."""
+    family = checkpoint.arch.family
+    return family.embed[0], family.loaded_head
+
+
+def _check_tied(model: Any, checkpoint: Checkpoint, adapter: Path) -> None:
+    """Where head and embeddings are one matrix, merging what is added to one of them would change the other."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not checkpoint.arch.tied:
+        return
+    for module in _ends(checkpoint):
+        if isinstance(model.get_submodule(module), BaseTunerLayer):
+            raise PairError(
+                str(adapter), expected="head and embeddings left as they are, since the base has one matrix for both",
+                found=f"something that is added to {module} alone", fix=UNTIE,
+            )  # fmt: skip
+
+
 def side_digest(folder: Path) -> str:
     """One sha256 over a model folder's config and side files."""
-    files = {file.name: sha256_file(file) for pattern in ("config.json", *SIDE_FILES) for file in folder.glob(pattern)}
-    return digest(files)
+    names = [name for name in ("config.json", *side_files(folder)) if (folder / name).is_file()]
+    return digest({name: sha256_file(folder / name) for name in names})
 
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies tokenizer, chat template and generation settings from one model folder to another."""
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    for name in side_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)

@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors (8-byte header length, JSON head
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ UNQUANTISED = "name the unquantised model that it was made from: packed weights 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*",
-              "generation_config.json")  # fmt: skip
+              "additional_chat_templates/*", "generation_config.json")  # fmt: skip
 """Files beside the weights that make a model folder usable."""
 _WATCHED: dict[Path, tuple[dict[str, str], Watch]] = {}
 """Folder → digests of its shards, and a watch on its files that began when they were taken."""
@@ -322,9 +323,20 @@ def quantised(config: Mapping[str, Any], folder: Path) -> str | None:
     return next((method for name, method in beside.items() if (folder / name).is_file()), None)
 
 
+def is_side_file(name: str) -> bool:
+    """Whether a path inside a model folder is that of a file of `SIDE_FILES`."""
+    return any(name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)
+
+
+def side_files(folder: Path) -> list[str]:
+    """The files of a model folder that are of `SIDE_FILES`, as paths inside it; folders of such a name are none."""
+    found = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
 def _watch(folder: Path, shards: Iterable[str]) -> Watch:
-    sides = (file for pattern in ("config.json", INDEX, *SIDE_FILES) for file in folder.glob(pattern) if file.is_file())
-    return Watch([*(folder / name for name in shards), *sides])
+    sides = [name for name in ("config.json", INDEX) if (folder / name).is_file()]
+    return Watch(folder / name for name in (*shards, *sides, *side_files(folder)))
 
 
 def required_tensors(arch: Architecture) -> Iterator[str]:

@@ -27,6 +27,12 @@ ALIGNED_VERSION = 2
 """Raised when aligned copies are written otherwise, so that those in the cache are not used."""
 
 
+ALIGN = (
+    "use --vocabulary base in measuring and compiling (`vocabulary: base` in pipelines and recipes) to align the rows by token"
+)
+KEEP = "use --positions base in measuring and compiling (`positions: base` in pipelines and recipes) to keep the base's config"
+
+
 def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule = "same", finite: bool = True) -> None:
     """Both have the same architecture, tensors, shapes, vocabulary and positions, and finite weights.
 
@@ -46,7 +52,7 @@ def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule 
             where,
             expected=f"a vocabulary of {base.arch.vocabulary}",
             found=str(expert.arch.vocabulary),
-            fix="use --vocabulary base to align the rows by token",
+            fix=ALIGN,
         )
     for field in ("heads", "kv_groups", "head_dim", "neurons", "tied"):
         if getattr(base.arch, field) != getattr(expert.arch, field):
@@ -60,9 +66,7 @@ def check_pair(base: Checkpoint, expert: Checkpoint, *, positions: PositionRule 
     mine, theirs = positions_of(base.config), positions_of(expert.config)
     if positions == "same" and mine != theirs:
         key = next(k for k in mine if mine[k] != theirs[k])
-        raise PairError(
-            where, expected=f"{key} = {mine[key]}", found=str(theirs[key]), fix="use --positions base to keep the base's config"
-        )
+        raise PairError(where, expected=f"{key} = {mine[key]}", found=str(theirs[key]), fix=KEEP)
     if finite:
         base.check_finite()
         expert.check_finite()
@@ -124,7 +128,7 @@ def _check_tokens(base: Path, expert: Path, where: str) -> None:
         where,
         expected=f"token {token!r} at {mine.get(token, 'no row')}",
         found=str(theirs.get(token, "no row")),
-        fix="use --vocabulary base to align the rows by token",
+        fix=ALIGN,
     )
 
 

@@ -202,8 +202,13 @@ def _from_hub(text: str, progress: Progress) -> tuple[Path, str, str | None]:
     return folder, repository, folder.name
 
 
-def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
+def find(model_id: ModelId, given: dict[str, Path] | None = None, called: str | None = None) -> Path:
     """The local folder of a pinned model: one given by name, else the one where it was last resolved.
+
+    Args:
+        model_id: the model.
+        given: folders by its name or digest.
+        called: its name in a recipe, which advice uses: names of models may be alike.
 
     Raises:
         MissingError: no such folder, or its weights are others now.
@@ -222,7 +227,7 @@ def find(model_id: ModelId, given: dict[str, Path] | None = None) -> Path:
         f"model {model_id.name}",
         expected=f"weights {model_id.digest[:12]}",
         found=found,
-        fix=f"pass --model {model_id.name}=MODEL",
+        fix=f"pass --model {called or model_id.name}=MODEL",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mechmerge.artifacts import Document
+from mechmerge.artifacts import MOST_SEED, Document
 from mechmerge.behaviors.prompts import Tier
 from mechmerge.errors import InputError
 from mechmerge.evaluate.gate import Gate
@@ -113,7 +113,7 @@ class RecipePlan(Document):
     """For `ties` and `dare-ties`: the recipe whose coefficients they work inside (an earlier one of this file)."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the policy, such as budget, overlap, weight or density."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     seeds: int = Field(default=1, ge=1, le=100)
     """Of what is drawn at random: so many recipes, called NAME-SEED, with the seeds from `seed` on."""
 
@@ -198,7 +198,7 @@ class Pipeline(Document):
     """The recipe that is gated and gets a model card."""
     evaluate: EvaluatePlan
     gate: Gate
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +244,7 @@ class Pipeline(Document):
         for name, behavior in self.behaviors.items():
             if behavior.expert not in self.experts:
                 raise ValueError(f"behaviors {name}: expert {behavior.expert!r} is not among {', '.join(self.experts)}")
+        self._check_named()
         for rule in self.gate.rules:
             for model in (rule.model, *rule.others, self.gate.model):
                 if model is not None and model not in taken:
@@ -251,3 +252,14 @@ class Pipeline(Document):
         if self.publish not in self.recipes:
             raise ValueError(f"publish: {self.publish!r} is not among the recipes")
         return self
+
+    def _check_named(self) -> None:
+        """Parameters such as `weight.NAME` name what there is."""
+        measured = {*self.behaviors, *self.protect}
+        known = {"weight": measured, "limit": measured, "strength": {*self.experts}}
+        for name, plan in self.recipes.items():
+            for parameter in plan.parameters:
+                kind, dot, of = parameter.partition(".")
+                if dot and of not in known.get(kind, ()):
+                    there = ", ".join(sorted(known.get(kind, ()))) or "nothing"
+                    raise ValueError(f"recipe {name}: parameters: {parameter!r}: {of!r} is not among {there}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mechmerge.artifacts import parse_yaml, write_json, write_text
 from mechmerge.errors import InputError
-from mechmerge.models.adapters import SIDE_FILES
+from mechmerge.models.checkpoint import is_side_file
 from mechmerge.publish.plan import LocalFile
 
 SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".md", ".png"})
@@ -60,7 +60,7 @@ def model_files(folder: Path, shards: Iterable[str]) -> tuple[list[str], list[st
 
 
 def _is_side(name: str) -> bool:
-    return name == "config.json" or ("/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES))
+    return name == "config.json" or is_side_file(name)
 
 
 def is_ours_in_model(path: str) -> bool:

@@ -30,7 +30,7 @@ from mechmerge.recipe.policies import (
 )
 from mechmerge.recipe.schema import Array, Masks, MergekitMethod, OutDtype, Policy, Recipe, RecipeExpert, Scalar, Source
 from mechmerge.recipe.sources import Sources
-from mechmerge.recipe.strengths import strengthened, without_strengths
+from mechmerge.recipe.strengths import check_strengths, strengthened, without_strengths
 
 CONTROLS = ("random", "magnitude")
 BASELINES: dict[str, str] = {
@@ -173,12 +173,16 @@ def _foreseen(sources: Sources, recipe: Recipe, masks: Masks) -> Recipe:
 
 
 def _measured(policy: str, sources: Sources) -> Any:
-    if policy == "rounds":
-        if sources.rounds is None:
-            raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
-        return sources.rounds
     settled = sources.rounds
-    if policy == "solve" and settled is not None and (settled.metadata.method == "solve" or sources.effects is None):
+    if policy == "rounds" and settled is None:
+        raise InputError("policy rounds", expected="a rounds file", found="none", fix="make one with `mechmerge rounds`")
+    solved = policy == "solve" and settled is not None and (settled.metadata.method == "solve" or sources.effects is None)
+    if settled is not None and (policy == "rounds" or solved):
+        if lacking := sorted(sources.experts.keys() - settled.metadata.experts.keys()):
+            raise InputError(
+                f"policy {policy}", expected=f"a rounds file with {', '.join(lacking)}",
+                found=f"one of {', '.join(settled.metadata.experts)}", fix="leave out the files of other experts",
+            )  # fmt: skip
         return settled
     if policy in ("conflict", "solve"):
         if sources.effects is None:
@@ -204,6 +208,8 @@ def _measured(policy: str, sources: Sources) -> Any:
 
 def _gathered(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     """`weight.NAME` entries become one mapping `weights`, `limit.NAME` ones `limits`."""
+    if f"{name}s" in given:
+        raise InputError(f"parameter '{name}s'", expected=f"{name}.NAME for each behaviour", found=repr(given[f"{name}s"]))
     settings = {key: value for key, value in given.items() if not key.startswith(f"{name}.")}
     found = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
     return settings | ({f"{name}s": found} if found else {})
@@ -243,6 +249,8 @@ def defaults_of(policy: str) -> dict[str, Scalar]:
     return {p.name: p.default for p in found if isinstance(p.default, bool | int | float | str)}
 
 
+LARGEST_LIMIT = 1000.0
+"""Of a predicted damage, in nats."""
 CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting), "scale": get_args(Scale)}
 
 
@@ -252,7 +260,8 @@ def check_parameters(policy: str, parameters: Mapping[str, Any]) -> None:
     Raises:
         InputError: a parameter that it does not have, or a value out of range.
     """
-    _, given = without_strengths(parameters)
+    strengths, given = without_strengths(parameters)
+    check_strengths(policy, strengths, policy not in BASELINES or "weight" in OF_BASELINES[policy])
     if policy in BASELINES:
         _settings(policy, given)
     elif policy in CONTROLS:
@@ -262,22 +271,24 @@ def check_parameters(policy: str, parameters: Mapping[str, Any]) -> None:
 
 
 def _check(policy: str, settings: Mapping[str, Any]) -> None:
-    _known(policy, settings, list(inspect.signature(FUNCTIONS[policy]).parameters)[1:])
+    accepted = list(inspect.signature(FUNCTIONS[policy]).parameters)[1:]
+    given_as = {"weights": "weight.NAME", "limits": "limit.NAME"}
+    _known(policy, settings, accepted, [given_as.get(name, name) for name in accepted])
     for name, choices in CHOICES.items():
         if name in settings and settings[name] not in choices:
             raise InputError(f"policy {policy}: {name}", expected=f"one of {', '.join(choices)}", found=repr(settings[name]))
-    if policy == "top" or "budget" in settings:
-        _number(policy, "budget", settings.get("budget"), 0, 1)
+    if (policy == "top" or "budget" in settings) and _number(policy, "budget", settings.get("budget"), 0, 1) == 0:
+        raise InputError(f"policy {policy}: budget", expected="a share above 0", found="0")
     if "certainty" in settings:
         _number(policy, "certainty", settings["certainty"], 0, MOST_CERTAIN)
     for name in ("agreement", "unproven"):
         if not isinstance(settings.get(name, False), bool):
             raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(settings[name]))
     for name, weight in settings.get("weights", {}).items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < np.inf:
             raise InputError(f"policy {policy}: weight.{name}", expected="a positive number", found=repr(weight))
     for name, limit in settings.get("limits", {}).items():
-        _number(policy, f"limit.{name}", limit, 0, np.inf)
+        _number(policy, f"limit.{name}", limit, 0, LARGEST_LIMIT)
 
 
 def _flags(policy: str, given: Mapping[str, Any]) -> None:
@@ -288,10 +299,11 @@ def _flags(policy: str, given: Mapping[str, Any]) -> None:
             raise InputError(f"policy {policy}: {name}", expected="true or false", found=repr(value))
 
 
-def _known(policy: str, settings: Mapping[str, Any], accepted: list[str]) -> None:
+def _known(policy: str, settings: Mapping[str, Any], accepted: list[str], told: list[str] | None = None) -> None:
+    """Refuses parameters that are not `accepted`, which a message calls what they are `told` as."""
     for name in settings:
         if name not in accepted:
-            raise InputError(f"policy {policy}: parameter {name!r}", expected=f"one of {', '.join(accepted) or 'none'}")
+            raise InputError(f"policy {policy}: parameter {name!r}", expected=f"one of {', '.join(told or accepted) or 'none'}")
 
 
 def _number(policy: str, name: str, value: Any, low: float, high: float) -> float:
@@ -347,6 +359,8 @@ def _baseline(policy: str, sources: Sources, given: dict[str, Any], seed: int, c
     if policy == "model-stock" and len(sources.experts) < 2:
         raise InputError("policy model-stock", expected="two experts or more", found=str(len(sources.experts)))
     weight = float(settings.get("weight", 1.0))
+    if policy == "linear" and weight == 0:
+        raise InputError("policy linear: weight", expected="weights whose sum is not 0, since it divides by it", found="0")
     return Recipe(
         base=sources.base,
         experts={name: RecipeExpert(model=model, default=weight) for name, model in sources.experts.items()},
@@ -417,7 +431,8 @@ def _control(
         update={
             "policy": Policy(name=name, parameters=given, seed=seed if policy == "random" else None),
             "masks": None,
-            "predicted": expected_change(sources, model, drawn),
+            # What TIES or DARE does inside coefficients no effects of components foresee.
+            "predicted": expected_change(sources, model, drawn) if model.mergekit is None else None,
             "predicted_on": "loss" if sources.effects is None else sources.effects.metadata.metric,
             "realised": None,
             "provenance": (*sources.provenance, _copied(model)),

@@ -43,6 +43,13 @@ def differing_fields(one: Recipe, other: Recipe) -> Rows:
     return rows
 
 
+def are_same(one: Recipe, one_masks: Masks, other: Recipe, other_masks: Masks) -> bool:
+    """Whether two recipes are one: all that they say, what they foresee included, and every coefficient."""
+    if one != other or one_masks.keys() != other_masks.keys():
+        return False
+    return all(np.array_equal(mask, other_masks[name]) for name, mask in one_masks.items())
+
+
 def differing_sizes(one: Masks, other: Masks) -> Rows:
     """One row for each kind of which the models of two recipes have other numbers: their components have no common names."""
     a, b = mask_shapes(one), mask_shapes(other)
@@ -104,7 +111,7 @@ def _model(name: str, digest: str) -> str:
 
 
 def _rules(recipe: Recipe) -> str:
-    return "; ".join(f"{r.component} of {r.expert} = {r.coefficient:g}" for r in recipe.rules) or "none"
+    return "; ".join(f"{r.component} of {r.expert} = {r.coefficient!r}" for r in recipe.rules) or "none"
 
 
 def _masks(recipe: Recipe) -> str:

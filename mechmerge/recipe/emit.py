@@ -106,6 +106,8 @@ def emit_baseline(recipe: Recipe, paths: Paths) -> str:
         parameters = {**weight, **recipe.mergekit.expert_parameters.get(name, {})}
         models.append({"model": model_entry(paths[name])} | ({"parameters": parameters} if parameters else {}))
     if recipe.mergekit.method == "linear":
+        if sum(expert.default for expert in recipe.experts.values()) == 0:
+            raise InputError("recipe", expected="weights whose sum is not 0, since linear divides by it", found="0")
         # linear weighs the base like any other input; without an entry mergekit finds no weight for it.
         models.append({"model": model_entry(paths["base"]), "parameters": {"weight": 0.0}})
     return _dump(recipe, recipe.mergekit.method, models, paths, dict(recipe.mergekit.parameters))

@@ -25,6 +25,27 @@ def without_strengths(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], di
     return strengths, {name: value for name, value in parameters.items() if not name.startswith(PREFIX)}
 
 
+def check_strengths(policy: str, strengths: Mapping[str, Any], weighted: bool) -> None:
+    """Whether these can be strengths.
+
+    Args:
+        policy: its name.
+        strengths: by expert.
+        weighted: whether coefficients, or a method's weights, are there to be multiplied.
+
+    Raises:
+        InputError: no number from −100 to 100, or a method that takes no weights.
+    """
+    if strengths and not weighted:
+        raise InputError(
+            f"policy {policy}", expected="no strengths: its method finds the experts' weights itself",
+            found=", ".join(PREFIX + name for name in strengths),
+        )  # fmt: skip
+    for name, value in strengths.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise InputError(f"{PREFIX}{name}", expected=f"a number from {-LARGEST:g} to {LARGEST:g}", found=repr(value))
+
+
 def strengthened(
     recipe: Recipe, masks: Masks, strengths: Mapping[str, Any], effects: EffectFile | None
 ) -> tuple[Recipe, Masks]:
@@ -39,16 +60,10 @@ def strengthened(
     Raises:
         InputError: an expert that the recipe lacks, no number, or a baseline whose method takes no weights.
     """
-    if strengths and recipe.mergekit is not None and not recipe.mergekit.weighted:
-        raise InputError(
-            f"policy {recipe.policy.name}", expected="no strengths: its method finds the experts' weights itself",
-            found=", ".join(PREFIX + name for name in strengths),
-        )  # fmt: skip
-    for name, value in strengths.items():
+    check_strengths(recipe.policy.name, strengths, recipe.mergekit is None or recipe.mergekit.weighted)
+    for name in strengths:
         if name not in recipe.experts:
             raise InputError(f"{PREFIX}{name}", expected=f"an expert of {', '.join(recipe.experts)}", found=name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-            raise InputError(f"{PREFIX}{name}", expected=f"a number from {-LARGEST:g} to {LARGEST:g}", found=repr(value))
     factors = {name: float(strengths.get(name, 1.0)) for name in recipe.experts}
     experts = {
         name: expert.model_copy(update={"default": expert.default * factors[name]}) for name, expert in recipe.experts.items()
@@ -62,11 +77,13 @@ def strengthened(
         else None
     )
     told = recipe.policy.parameters | {f"{PREFIX}{name}": value for name, value in strengths.items()}
-    changed = {
+    changed: dict[str, Any] = {
         "experts": experts,
         "rules": rules,
         "policy": recipe.policy.model_copy(update={"parameters": told}),
         "predicted": predicted,
         "realised": None,
     }
+    if predicted is not None and effects is not None:
+        changed["predicted_on"] = effects.metadata.metric
     return recipe.model_copy(update=changed), scaled
