@@ -298,7 +298,7 @@ def test_limits_are_looked_at_before_anything_is_measured(
 
     monkeypatch.setattr("mechmerge.localize.solving.references", measured)
     settings = SolveSettings(**COMMON, limits={"nothing": 0.1})
-    with pytest.raises(InputError, match="limits: expected behaviours among .*; found nothing"):
+    with pytest.raises(InputError, match=r"limits: expected behaviours among .*; found nothing"):
         settle_solution(base, {"a": expert, "b": second_expert}, rows(), proven(effects), tmp_path / "r.safetensors", settings)
 
 
