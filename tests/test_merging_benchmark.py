@@ -19,7 +19,7 @@ from benchmarks.experts.data import arithmetic_examples, json_examples, plain_ar
 from benchmarks.experts.training import train
 from benchmarks.merging import arms, steps
 from benchmarks.merging.families import FAMILIES, FLOOR, UNSEEN_JSON, json_suite, members, suites
-from benchmarks.merging.gains import Board
+from benchmarks.merging.gains import Board, Draws
 from benchmarks.merging.study import Paused, Sizes, Study, best_of
 from benchmarks.merging.tuning import (
     NODES_A_ROUND,
@@ -119,6 +119,16 @@ def test_differences_are_paired() -> None:
     assert apart is not None
     assert apart.interval.value == pytest.approx(0.25)
     assert apart.interval.low < 0.25 < apart.interval.high
+
+
+def test_five_draws_of_a_control_cover_what_they_are_drawn_from() -> None:
+    """A 95 % interval of one seed where nothing varies but the draws: resampling five of them alone covers .83."""
+    board, generator, covered = Board(cells(SHARES), ("a", "b"), resamples=1000), np.random.default_rng(0), 0
+    for seed in range(300):
+        values = np.tile(generator.standard_normal(5), (1001, 1))
+        interval = Draws(board._drawn(values, "shuffles", seed, 24)[:, None], 24).figure().interval
+        covered += interval.low <= 0 <= interval.high
+    assert 0.92 <= covered / 300 <= 0.985
 
 
 def test_skills_that_share_topics_share_their_draws() -> None:

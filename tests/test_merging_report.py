@@ -210,25 +210,25 @@ def test_every_difference_tells_its_seeds(whole: Path) -> None:
         assert len(told) > 20
         for value in told:
             assert re.search(rf"\] seeds={len(seeds)}\b", value)
-            assert ("(interval over topics alone)" in value) == (len(seeds) == 1)
+            assert ("(interval over topics (and draws))" in value) == (len(seeds) == 1)
 
 
 def test_what_an_interval_is_over_is_told() -> None:
     one, three = (Figure(Interval(0.5, 0.4, 0.6), seeds, (0.5,) * seeds) for seeds in (1, 3))
-    assert (one.over, three.over) == ("topics alone, one seed", "topics and seeds")
-    assert one.told == "0.500 [0.400, 0.600] seeds=1 (interval over topics alone)"
+    assert (one.over, three.over) == ("topics (and draws), one seed", "topics and seeds")
+    assert one.told == "0.500 [0.400, 0.600] seeds=1 (interval over topics (and draws))"
     assert three.told == "0.500 [0.400, 0.600] seeds=3"
 
 
 def test_tables_say_where_an_interval_is_of_one_seed(whole: Path) -> None:
-    assert "topics alone" not in told_of(whole)
+    assert "topics (and draws)" not in told_of(whole)
     alone = told_of(whole, (1,))
     assert "topics and seeds" not in alone
-    assert f"| {HEADLINE} | {TUNED} | 1 | topics alone, one seed |" in alone
+    assert f"| {HEADLINE} | {TUNED} | 1 | topics (and draws), one seed |" in alone
     Study("conflict", 1, whole, FIVE).evaluation_file("conflict", "test").unlink()
     Study("conflict", 2, whole, FIVE).evaluation_file("conflict", "test").unlink()
     mixed = told_of(whole)
-    assert "| conflict | 1 | 1 | topics alone, one seed |" in mixed
+    assert "| conflict | 1 | 1 | topics (and draws), one seed |" in mixed
     assert f"| {HEADLINE} | 1 | 3 | topics and seeds |" in mixed
 
 
@@ -276,7 +276,7 @@ def test_the_report_is_made_of_what_is_finished(told: Path) -> None:
     assert record["name"] == "merging"
     assert record["met"] is False
     text = (told / "quick" / "report" / "report.md").read_text()
-    assert f"| {HEADLINE} | 1 | 1 | topics alone, one seed | 1.000" in text
+    assert f"| {HEADLINE} | 1 | 1 | topics (and draws), one seed | 1.000" in text
     assert "task-arithmetic_weight-0.5 | 0.500 | 0.500 | 0.500 | 0.500 | best task-arithmetic, best baseline by mean" in text
     assert (told / "quick" / "report" / "conflict.png").stat().st_size > 5000
 

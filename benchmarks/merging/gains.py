@@ -6,11 +6,12 @@ For each seed of a family's experts, `mean` and `min` are those over its experts
 
 Topics are shared by all seeds, models and (where suites share them) skills: a resample draws topics once for all of them, so
 differences are paired (cluster bootstrap: Davison and Hinkley 1997, §3.8; levels expanded as in evaluate/resampling.py). Where
-a role is played by several models (shuffles of a recipe), these are drawn as well. Seeds are few, and resampling three of
-them cannot leave their range; so their error is a t interval of its own, and the two are joined by adding the squares of their
-arms (Zou and Donner, Statistics in Medicine 27, 1693-1702, 2008). One seed says nothing of others: its interval is the
-topics' alone; and one topic says nothing at all. Where every topic says the same (all fail), resamples do not vary and the
-interval has no width: the evaluation files hold the exact one.
+a role is played by several models (shuffles of a recipe), these are drawn as well; a handful that is drawn from itself varies
+too little, so what they add is enlarged to an unbiased variance, and on one seed by a t quantile. Seeds are few, and resampling
+three of them cannot leave their range; so their error is a t interval of its own, and the two are joined by adding the squares
+of their arms (Zou and Donner, Statistics in Medicine 27, 1693-1702, 2008). One seed says nothing of others: its interval is the
+topics' (and a control's draws'); and one topic says nothing at all. Where every topic says the same (all fail), resamples do
+not vary and the interval has no width: the evaluation files hold the exact one.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ class Figure(NamedTuple):
     @property
     def over(self) -> str:
         """What its interval is over: one seed says nothing of others."""
-        return "topics and seeds" if self.seeds > 1 else "topics alone, one seed"
+        return "topics and seeds" if self.seeds > 1 else "topics (and draws), one seed"
 
     @property
     def told(self) -> str:
         """The quantity with its interval, and what that rests on."""
-        return f"{self} seeds={self.seeds}" + ("" if self.seeds > 1 else " (interval over topics alone)")
+        return f"{self} seeds={self.seeds}" + ("" if self.seeds > 1 else " (interval over topics (and draws))")
 
     def __str__(self) -> str:
         return f"{self.interval.value:.3f} [{self.interval.low:.3f}, {self.interval.high:.3f}]"
@@ -176,16 +177,27 @@ class Board:
                 gained = np.maximum(self.rates(skill, seed, skill) - base, LEAST_GAIN)
                 shares.append((self.rates(role, seed, skill) - base) / gained)
             stacked = np.stack(shares)  # [skills, 1 + resamples, models]
-            columns.append(self._drawn(stacked.min(0) if over == "min" else stacked.mean(0), role, seed))
+            values, clusters = stacked.min(0) if over == "min" else stacked.mean(0), min(self.clusters[s] for s in skills)
+            columns.append(self._drawn(values, role, seed, clusters if len(seeds) == 1 else None))
         return Draws(np.stack(columns, 1), min(self.clusters[skill] for skill in skills))
 
-    def _drawn(self, values: Array, role: str, seed: int) -> Array:
-        """The mean over models, in each resample over as many drawn of them: [1 + resamples]."""
+    def _drawn(self, values: Array, role: str, seed: int, alone: int | None) -> Array:
+        """The mean over models, in each resample over as many drawn of them: [1 + resamples].
+
+        Args:
+            values: [1 + resamples, models].
+            role: whose.
+            seed: of the experts.
+            alone: the number of clusters, whose quantile the interval will have, where there is no other seed.
+        """
         rows, models = values.shape
         share = np.full((rows, models), 1 / models)
         if models > 1:
             generator = np.random.default_rng([self.seed, seed, *role.encode()])
-            share[1:] = generator.multinomial(models, share[0], size=rows - 1) / models
+            wider = (models / (models - 1)) ** 0.5
+            if alone is not None and alone > 1:
+                wider *= max(1.0, _t(models - 1) / _t(alone - 1))
+            share[1:] += wider * (generator.multinomial(models, share[0], size=rows - 1) / models - share[1:])
         return np.asarray((values * share).sum(1))
 
     def difference(self, role: str, other: str, over: str) -> Figure | None:
@@ -203,7 +215,8 @@ class Board:
         seeds = [s for s in self.whole if (role, s) in self.cells]
         if not seeds:
             return None
-        drawn = [self._drawn(self.rates(role, s, skill), role, s) for s in seeds]
+        alone = self.clusters[skill] if len(seeds) == 1 else None
+        drawn = [self._drawn(self.rates(role, s, skill), role, s, alone) for s in seeds]
         return Draws(np.stack(drawn, 1), self.clusters[skill]).figure()
 
     def _draw(self, answers: Answers) -> tuple[dict[str, Array], dict[str, int]]:

@@ -151,5 +151,5 @@ def picture(found: Found, path: Path) -> None:
         mixed = len(kinds) > 1
         axes.set_yticks(range(len(held)), [f"{r} (1 seed)" if mixed and one.seeds == 1 else r for r, one in held.items()])
         axes.set_ylim(len(held) - 0.5, -0.5)
-        over = "topics and seeds, of one seed over topics alone" if mixed else kinds.pop()
+        over = "topics and seeds, of one seed over topics (and draws)" if mixed else kinds.pop()
         axes.set_xlabel(f"0: base, 1: expert; 95 % over {over}")
