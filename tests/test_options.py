@@ -40,6 +40,8 @@ TABLE: dict[str, dict[str, str]] = {
     "rounds": {},
     "recipe": {"device": BYTES, "dtype": OUT_DTYPE},
     "recipe diff": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
+    "recipe emit": {"device": NO_MODEL, "dtype": "the recipe says it (out_dtype)", "seed": "the recipe says it (policy.seed)",
+                    "threads": READS, "quiet": TALKS_NOT},
     "recipe explain": {"device": NO_MODEL, "dtype": NO_MODEL, "seed": NOTHING_DRAWN, "threads": READS, "quiet": TALKS_NOT},
     "merge": {"device": BYTES, "dtype": "the recipe says it (out_dtype)", "seed": "the recipe says it (policy.seed)"},
     "export": {"device": BYTES, "dtype": "the base's", "seed": NOTHING_DRAWN},

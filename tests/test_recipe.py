@@ -19,7 +19,7 @@ from mechmerge.errors import InputError, MechmergeError, SchemaError
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS, Component
 from mechmerge.models.deltas import delta_norms
 from mechmerge.models.families import architecture
-from mechmerge.models.references import Model, ModelId
+from mechmerge.models.references import Model, ModelId, resolve
 from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.compile import POLICIES, compile_recipe
 from mechmerge.recipe.explain import shares
@@ -27,6 +27,7 @@ from mechmerge.recipe.schema import MaskFile, Policy, Recipe, RecipeExpert, Rule
 from mechmerge.recipe.sources import expert_name, read_sources
 from tests.measured import BASE, FIRST, LAYERS, SECOND, UNITS, effect_file, score_file
 from tests.test_components import CONFIG
+from tests.tiny import tiny_expert, tiny_model
 
 ARCH = architecture(CONFIG, "config.json")
 UNTIED = dataclasses.replace(ARCH, tied=False)
@@ -476,6 +477,36 @@ def test_the_command_emits_stock_yaml_of_baselines(base: Model, expert: Model, s
     assert isinstance(refused.exception, InputError)
     assert "--emit masked" in str(refused.exception)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("family", "tied", "said"), [
+    ("llama", True, None), ("gpt2", True, None), ("phi3", False, None),
+    ("phi3", True, "phi3 in mergekit 0.1.5: expected a tensor lm_head.weight"),
+    ("gpt_neox", False, "gpt_neox in mergekit 0.1.5: expected a tensor gpt_neox.layers.0.attention"),
+])  # fmt: skip
+def test_a_recipe_is_emitted_later_where_a_plain_mergekit_can_run_it(
+    tmp_path: Path, family: str, tied: bool, said: str | None
+) -> None:
+    base = resolve(str(tiny_model(tmp_path / "base", family, tied=tied)))
+    expert = resolve(str(tiny_expert(base.path, tmp_path / "e", seed=1)))
+    recipe = Recipe(
+        base=base.id,
+        experts={"e": RecipeExpert(model=expert.id, default=1.0)},
+        policy=Policy(name="by hand"),
+        rules=(Rule(component="L1.mlp", expert="e", coefficient=0.25),),
+    )
+    write_recipe(tmp_path / "half.yaml", recipe, {})
+    done = run("emit", tmp_path / "half.yaml", "--as", "stock")
+    if said is not None:
+        assert said in str(done.exception)
+        assert not (tmp_path / "half.mergekit.yaml").exists()
+        return
+    assert done.exception is None, done.exception
+    emitted = parse_yaml((tmp_path / "half.mergekit.yaml").read_text(), "half.mergekit.yaml")
+    assert emitted["merge_method"] == "task_arithmetic"
+    assert "0.25" in (tmp_path / "half.mergekit.yaml").read_text()
+    assert run("emit", tmp_path / "half.yaml", "--as", "masked", "--out", tmp_path / "m.yaml").exception is None
+    assert parse_yaml((tmp_path / "m.yaml").read_text(), "m.yaml")["parameters"] == {"recipe": str(tmp_path / "half.yaml")}
 
 
 def test_magnitude_reads_norms_from_the_models_where_no_file_tells(

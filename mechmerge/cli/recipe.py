@@ -20,6 +20,8 @@ from mechmerge.cli.common import (
     show_all,
     threads_option,
 )
+from mechmerge.cli.recipe_emit import FORM, Form, emitted, yaml_beside
+from mechmerge.cli.recipe_emit import emit as emit_command
 from mechmerge.cli.recipe_explain import diff, explain, summary
 from mechmerge.recipe.compile import BASELINES, POLICIES
 
@@ -27,7 +29,7 @@ from mechmerge.recipe.compile import BASELINES, POLICIES
 class CommandWithOthers(click.Command):
     """A command that hands over to another one where its first argument is the other's name (a file of that name: ./diff)."""
 
-    others: ClassVar[dict[str, click.Command]] = {"diff": diff, "explain": explain}
+    others: ClassVar[dict[str, click.Command]] = {"diff": diff, "emit": emit_command, "explain": explain}
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -103,9 +105,7 @@ class CommandWithOthers(click.Command):
 @click.option("--seed", type=SEED, default=0, show_default=True,
               help="random, dare-ties, della: seed of what is drawn.")  # fmt: skip
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
-@click.option(
-    "--emit", type=click.Choice(["stock", "masked"]), help="Write mergekit YAML too, as mergekit.yaml beside the recipe."
-)
+@click.option("--emit", type=FORM, help="Write mergekit YAML too, as mergekit.yaml beside the recipe (later: `recipe emit`).")
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
 @pair_options
 @threads_option
@@ -122,7 +122,7 @@ def command(
     like: str | None,
     within: str | None,
     seed: int,
-    emit: str | None,
+    emit: Form | None,
     models: tuple[str, ...],
     threads: int | None,
     quiet: bool,
@@ -137,7 +137,8 @@ def command(
     and weighted score files of every expert; random and magnitude are made like another recipe; the baselines (mergekit's own
     methods) take only the models from the files.
 
-    Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two.
+    Prints what it takes from whom; `recipe explain` prints it again, `recipe diff A B` compares two, `recipe emit` writes
+    mergekit YAML.
     """
     from mechmerge.cli.models import open_folders
     from mechmerge.merge.engine import norms_of
@@ -165,14 +166,12 @@ def command(
     )
     for note in compiled.notes:
         progress.note(note)
-    text = None if emit is None else _emitted(emit, compiled.recipe, compiled.masks, out, folders)
+    text = None if emit is None else emitted(emit, compiled.recipe, compiled.masks, out, folders, progress)
     recipe = write_recipe(out, compiled.recipe, compiled.masks)
     if text is not None:
         from mechmerge.artifacts import write_text
 
-        if recipe.mergekit is not None and recipe.policy.seed is not None:
-            progress.note(f"mergekit draws anew unless told: mergekit-yaml --random-seed {recipe.policy.seed}")
-        write_text(out.with_name("mergekit.yaml" if out.name == "recipe.yaml" else f"{out.stem}.mergekit.yaml"), text)
+        write_text(yaml_beside(out), text)
     show_all(
         summary(
             recipe, compiled.masks, sources.effects, sources.unit_parameters(), scores=sources.scores, rounds=sources.rounds
@@ -216,17 +215,3 @@ def _of_behaviors(sources: Any, protect: tuple[str, ...], limits: tuple[str, ...
             )  # fmt: skip
     found = {f"weight.{name}": value for name, value in weights.items()}
     return found | {f"limit.{name}": value for name, value in named_numbers(limits, "--limit").items()}
-
-
-def _emitted(form: str, recipe: Any, masks: Any, out: Path, folders: dict[str, Path]) -> str:
-    from mechmerge.merge.engine import open_models
-    from mechmerge.recipe.coefficients import coefficients
-    from mechmerge.recipe.emit import emit_baseline, emit_masked, emit_stock
-
-    base, experts = open_models(recipe, folders)
-    paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
-    if recipe.mergekit is not None and (form == "stock" or not recipe.mergekit.within):
-        return emit_baseline(recipe, paths)
-    if form == "masked":
-        return emit_masked(recipe, out.resolve(), paths)
-    return emit_stock(recipe, coefficients(recipe, masks, base.arch), base.layout, base.shapes, paths)

@@ -10,6 +10,7 @@ from mechmerge.errors import MissingError
 
 VERSION = "0.1.5"
 NEEDED: dict[str, tuple[str, ...]] = {
+    "mergekit.architecture:arch_info_for_config": ("config",),
     "mergekit.architecture.base:ModelArchitecture": ("modules", "architectures", "model_type"),
     "mergekit.architecture.base:ModuleDefinition": ("architecture",),
     "mergekit.architecture.base:WeightInfo": ("name", "aliases"),

@@ -14,6 +14,7 @@ import click
 
 from mechmerge.errors import InputError, MechmergeError, MissingError, machine_error
 from mechmerge.merge.probe import VERSION, probe
+from mechmerge.models.checkpoint import Checkpoint
 
 
 def register_method() -> None:
@@ -39,6 +40,27 @@ def tools() -> dict[str, metadata.EntryPoint]:
             "mergekit", expected=f"version {VERSION}", found="none", fix=f"pip install mergekit=={VERSION}"
         ) from None
     return {script.name.removeprefix("mergekit-"): script for script in sorted(scripts, key=lambda script: script.name)}
+
+
+def check_plain(base: Checkpoint) -> None:
+    """Whether a plain mergekit finds all tensors that its own tables ask for. Our engine reads names from checkpoints instead.
+
+    Raises:
+        InputError: it does not: buffers of older GPT-NeoX checkpoints, a head where the base's is tied.
+        MissingError: mergekit is not the version that this was written for.
+    """
+    probe()
+    from mergekit.architecture import arch_info_for_config
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    known, there = arch_info_for_config(config), {*base.entries, *base.stored.values()}
+    for weight in known.all_weights(config) if known is not None else ():
+        if not weight.optional and not {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())} & there:
+            raise InputError(
+                f"{base.config.get('model_type')} in mergekit {VERSION}", expected=f"a tensor {weight.name}",
+                found="none in this base", fix="merge it with `mechmerge merge`",
+            )  # fmt: skip
 
 
 def run_tool(name: str, arguments: Sequence[str]) -> Any:
