@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,19 @@ from mechmerge.errors import InputError, MechmergeError, MissingError
 from mechmerge.localize.effect_file import EffectFile
 from mechmerge.localize.rounds_file import RoundRecord, RoundsFile, RoundsMetadata, SettledBehavior
 from mechmerge.models.components import UNIT_KINDS
-from mechmerge.models.references import ModelId
+from mechmerge.models.references import ModelId, resolve
 from mechmerge.recipe import conflicts, differences, explain, one_component
 from mechmerge.recipe.compile import OF_BASELINES, compile_recipe, expected_change
 from mechmerge.recipe.explain import shares
 from mechmerge.recipe.policies import top, weighted
-from mechmerge.recipe.schema import Masks, Recipe, read_recipe, write_recipe
+from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert, Rule, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources, read_again, read_sources
 from mechmerge.report.loading import Measurements
 from mechmerge.report.recipes import kept_of, recipe_rows
 from tests.measured import BASE, FIRST, LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
 from tests.test_program import proven
 from tests.test_recipe import recipe as by_hand
+from tests.tiny import tiny_expert, tiny_model
 
 
 @pytest.fixture
@@ -174,6 +176,29 @@ def test_masks_of_some_kinds_leave_out_what_they_cannot_tell(tmp_path: Path) -> 
     said = tables("diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
     assert [row["field"] for row in said["what differs"]] == ["masks"]
     assert "the same recipe" in call("recipe", "diff", tmp_path / "a.yaml", tmp_path / "a.yaml")
+
+
+def test_rules_are_told_and_sizes_found_where_the_base_is(tmp_path: Path) -> None:
+    base = resolve(str(tiny_model(tmp_path / "base")))
+    expert = resolve(str(tiny_expert(base.path, tmp_path / "e", seed=1)))
+    made = Recipe(
+        base=base.id,
+        experts={"e": RecipeExpert(model=expert.id, default=1.0)},
+        policy=Policy(name="hand"),
+        rules=(Rule(component="L1.mlp", expert="e", coefficient=0.25), Rule(component="embed", expert="e", coefficient=0.0)),
+    )
+    write_recipe(tmp_path / "r.yaml", made, {})
+    said = tables("explain", tmp_path / "r.yaml")
+    assert [list(row.values()) for row in said["rules (the most specific decides)"]] == [
+        ["L1.mlp", "e", "0.25"],
+        ["embed", "e", "0"],
+    ]
+    assert "by depth" in said
+    for component, value in (("L1.neuron.3", 0.25), ("L1.head.2", 1.0), ("embed", 0.0)):
+        (row,) = tables("explain", tmp_path / "r.yaml", "--component", component)[component]
+        assert float(row["coefficient"]) == value
+    shutil.rmtree(base.path)
+    assert "by depth" not in tables("explain", tmp_path / "r.yaml")
 
 
 def test_the_same_recipe_is_the_same_to_the_last_digit(tmp_path: Path) -> None:

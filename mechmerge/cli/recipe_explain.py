@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mechmerge.cli.common import format_option, make_progress, show_all
+
+if TYPE_CHECKING:
+    from mechmerge.recipe.conflicts import Shapes
 
 
 @click.command()
@@ -86,23 +89,47 @@ def explain(
     sources, notes = read_again(made, masks, local(effects), local(rounds), [local(file) for file in scores])
     for note in notes:
         progress.note(note)
-    measured = (sources.effects, sources.rounds, sources.scores)
+    measured, told = (sources.effects, sources.rounds, sources.scores), _sizes_of(made)
     if component is not None:
-        show_all(of_component(made, masks, component, *measured), output)
+        show_all(of_component(made, masks, component, *measured, told=told), output)
         return
     most = None if all_conflicts else STRONGEST
-    show_all(summary(made, masks, sources.effects, rounds=sources.rounds, scores=sources.scores, strongest=most), output)
+    show_all(
+        summary(made, masks, sources.effects, rounds=sources.rounds, scores=sources.scores, strongest=most, told=told), output
+    )
+
+
+def _sizes_of(recipe: Any) -> Shapes:
+    """[layers, units] of the recipe's base by kind, where it is still found; rules alone do not tell."""
+    from mechmerge.errors import MechmergeError
+    from mechmerge.models.checkpoint import Checkpoint
+    from mechmerge.models.components import UNIT_KINDS
+    from mechmerge.models.references import find
+
+    if not recipe.rules and recipe.masks is not None:
+        return {}
+    try:
+        arch = Checkpoint(find(recipe.base)).arch
+    except MechmergeError:
+        return {}
+    return {kind: (arch.layers, arch.units(kind)) for kind in UNIT_KINDS}
 
 
 def of_component(
-    recipe: Any, masks: Any, component: str, effects: Any = None, rounds: Any = None, scores: Any = None
+    recipe: Any,
+    masks: Any,
+    component: str,
+    effects: Any = None,
+    rounds: Any = None,
+    scores: Any = None,
+    told: Shapes | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The tables of one component, by title."""
+    """The tables of one component, by title; `told` are sizes for where neither masks nor effects tell them."""
     from mechmerge.recipe.conflicts import counts_of, effect_shapes, weight_rows
     from mechmerge.recipe.explain import mask_shapes, plain_architecture, resolved, undecided_rows
     from mechmerge.recipe.one_component import component_effects, component_rows, score_rows, weighted_rows
 
-    shapes = effect_shapes(effects) | mask_shapes(masks)
+    shapes = {**(told or {}), **effect_shapes(effects), **mask_shapes(masks)}
     found = resolved(recipe, masks, shapes)
     tables = {component: component_rows(recipe, masks, found, component)}
     if scores and recipe.policy.name in ("top", "weighted"):
@@ -129,6 +156,7 @@ def summary(
     rounds: Any = None,
     scores: Any = None,
     strongest: int | None = 10,
+    told: Shapes | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The tables of a whole recipe, by title; those that cannot be made are left out, and what nobody can tell is named.
 
@@ -140,6 +168,7 @@ def summary(
         rounds: the rounds file that it was made from.
         scores: the score files that it was made from, by expert.
         strongest: how many conflicts are named; None: all.
+        told: [layers, units] by kind, for where neither masks nor effects tell them.
     """
     from mechmerge.models.components import UNIT_KINDS
     from mechmerge.recipe.conflicts import effect_shapes
@@ -156,16 +185,19 @@ def summary(
         predicted_by,
         resolved,
         round_rows,
+        rule_rows,
         shares,
         undecided_rows,
         unexpected_rows,
     )
     from mechmerge.recipe.sources import effects_of
 
-    told = recipe.parameters or sizes or (effects.metadata.parameters if effects is not None else {})
-    rows = shares(recipe, masks, told)
+    parameters = recipe.parameters or sizes or (effects.metadata.parameters if effects is not None else {})
+    rows = shares(recipe, masks, parameters)
     tables = {f"recipe {recipe.policy.name}": rows}
-    shapes = effect_shapes(effects) | mask_shapes(masks)
+    if recipe.rules:
+        tables["rules (the most specific decides)"] = rule_rows(recipe)
+    shapes = {**(told or {}), **effect_shapes(effects), **mask_shapes(masks)}
     # A recipe made like another one has that one's names, and may have its experts.
     effects = None if effects is None else effects_of(recipe, effects)
     found = None
@@ -173,10 +205,10 @@ def summary(
         tables["by depth"] = depth_rows(recipe, None, {})
     elif set(UNIT_KINDS) <= shapes.keys():
         found = resolved(recipe, masks, shapes)
-        if told:
-            for row, (taken, whole) in zip(rows, parameters_of(recipe, found, told).values(), strict=True):
+        if parameters:
+            for row, (taken, whole) in zip(rows, parameters_of(recipe, found, parameters).values(), strict=True):
                 row["parameters"] = f"{taken:,.0f} of {whole:,}"
-        tables["by depth"] = depth_rows(recipe, found, told)
+        tables["by depth"] = depth_rows(recipe, found, parameters)
         if len(recipe.experts) > 1:
             tables["components of several experts"] = overlap_rows(recipe, found)
         if effects is not None:

@@ -109,6 +109,11 @@ def parameters_of(recipe: Recipe, found: Coefficients, sizes: Mapping[str, int])
     return told
 
 
+def rule_rows(recipe: Recipe) -> Rows:
+    """One row for each rule, in the recipe's order."""
+    return [{"component": r.component, "expert": r.expert, "coefficient": f"{r.coefficient:g}"} for r in recipe.rules]
+
+
 def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
 
