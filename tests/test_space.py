@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mechmerge.errors import InputError
@@ -47,6 +49,23 @@ def test_where_only_ratios_count_the_first_strength_stays() -> None:
         assert "strength.b" in names
     with pytest.raises(InputError, match="--open"):
         space_of(RecipePlan(policy="ties"), ("a", "b"), ("x",), ["strength.a"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "opened", "said"),
+    [
+        ("top", "overlap=sum,shrae", "overlap: expected one of sum, share, winner; found 'shrae'"),
+        ("top", "budget=0:1", "budget: expected a share above 0"),
+        ("conflict", "agreement=0:1", "agreement: expected true or false"),
+        ("conflict", "strength.a=0.5:500", "strength.a: expected a number from -100 to 100; found 500"),
+    ],
+)
+def test_what_is_opened_is_what_the_policy_takes(policy: str, opened: str, said: str) -> None:
+    """Not found in a trial, after everything has been measured."""
+    with pytest.raises(InputError, match=re.escape(said)):
+        space_of(
+            RecipePlan(policy=policy, parameters={"budget": 0.5} if policy == "top" else {}), ("a", "b"), ("x", "y"), [opened]
+        )  # type: ignore[arg-type]
 
 
 def test_what_is_searched_only_when_told() -> None:

@@ -117,6 +117,15 @@ def test_inside_a_mask_it_is_the_formula(base: Model, expert: Model, second_expe
     assert untouched > 0
 
 
+def test_it_says_where_fractions_count_as_one(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
+    experts = {"one": expert, "two": second_expert}
+    sources = Sources(base.id, {name: model.id for name, model in experts.items()})
+    for value, policy, said in ((0.3, "ties", True), (0.3, "dare-ties", False), (1.0, "ties", False)):
+        masks = {f"{name}.neuron": np.full((3, 48), value, np.float32) for name in experts}
+        inside = read_recipe(written(tmp_path / f"{value}-{policy}", base, experts, masks))
+        assert any("counts as 1" in note for note in compile_recipe(policy, sources, within=inside).notes) == said
+
+
 def test_what_it_refuses(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
     experts = {"one": expert, "two": second_expert}
     selection = written(tmp_path / "some", base, experts, random_masks(base, experts))

@@ -15,7 +15,7 @@ from pydantic import model_validator
 from mechmerge.artifacts import Document, parse_yaml
 from mechmerge.errors import InputError
 from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
-from mechmerge.recipe.compile import BASELINES, NORMALIZED, defaults_of
+from mechmerge.recipe.compile import BASELINES, NORMALIZED, check_parameters, defaults_of
 from mechmerge.recipe.strengths import PREFIX
 
 Value = bool | int | float | str
@@ -124,6 +124,11 @@ def space_of(plan: RecipePlan, experts: Sequence[str], behaviors: Sequence[str],
             if sign
             else possible[name].model_copy(update={"name": name})
         )
+    for text in opened:
+        one = chosen[text.partition("=")[0]]
+        for value in one.choices or (one.low, one.high):
+            needed = {"budget": 0.5} if plan.policy == "top" else {}  # has none of its own
+            check_parameters(plan.policy, needed | plan.parameters | {one.name: value})
     if not chosen:
         raise InputError(
             f"policy {plan.policy}", expected="something that the recipe leaves open", found="nothing", fix="--open"

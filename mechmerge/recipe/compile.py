@@ -399,7 +399,10 @@ def _within(policy: str, sources: Sources, given: dict[str, Any], seed: int, wit
             **common,
         }
     )
-    return Compiled(recipe, dict(masks))
+    values = [expert.default for expert in model.experts.values()] + [rule.coefficient for rule in model.rules]
+    fractions = any(v not in (0, 1) for v in values) or any(bool(((m != 0) & (m != 1)).any()) for m in masks.values())
+    notes = (f"{policy} divides by the experts' weights: where one alone is inside, a coefficient other than 0 counts as 1",)
+    return Compiled(recipe, dict(masks), notes if fractions and policy in NORMALIZED else ())
 
 
 def _control(
