@@ -18,7 +18,7 @@ from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.pipeline.schema import RecipePlan
 from mechmerge.recipe.compile import check_parameters
-from mechmerge.recipe.controls import TOLERANCE, magnitude_like, moved_norm, norm_matched, random_like
+from mechmerge.recipe.controls import TOLERANCE, coinciding, magnitude_like, moved_norm, norm_matched, random_like
 from mechmerge.recipe.explain import shares
 from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
 from mechmerge.recipe.schema import Masks
@@ -341,10 +341,10 @@ def test_norm_matched_shuffles_move_as_much(given_masks: Masks, seed: int, drawn
         event("no shuffle within the tolerance")
         assert found > 0.02
         return
-    for expert in ("first", "second"):
-        own = [name for name in NAMES if name.startswith(expert)]
-        moved = [sum(float(((m[n] * norms[n]).astype(np.float64) ** 2).sum()) for n in own) ** 0.5 for m in (given_masks, made)]
-        assert moved[1] == pytest.approx(moved[0], rel=0.021)
+    for name in NAMES:
+        for masked, rel in ((lambda m: m, 0.021), (lambda m: 1 - m, 0.101)):
+            moved = [float(((masked(m[name]) * norms[name]).astype(np.float64) ** 2).sum()) ** 0.5 for m in (given_masks, made)]
+            assert moved[1] == pytest.approx(moved[0], rel=rel)
     for name, mask in given_masks.items():
         assert np.array_equal(np.sort(made[name], axis=1), np.sort(mask, axis=1)), "counts of each layer stay"
     again = norm_matched(dict(reversed(given_masks.items())), norms, drawn, tolerance=0.02)
@@ -367,8 +367,31 @@ def test_a_norm_matched_shuffle_is_a_shuffle_and_plain_ones_move_less() -> None:
     assert len({drawn["first.neuron"].tobytes() for drawn in draws}) == 5
     with pytest.raises(InputError, match=r"delta norms of first\.neuron"):
         norm_matched(mask, {}, 0)
-    with pytest.raises(InputError, match=r"within -1 of the recipe's; found"):
+    with pytest.raises(InputError, match=r"within -1 \(moved\) and -5 \(left out\) of the recipe's; found"):
         norm_matched(mask, norms, 0, tolerance=-1)
+
+
+def test_a_norm_matched_shuffle_leaves_out_as_much_of_every_kind() -> None:
+    """Few heads weigh little beside neurons: matched together, what is left out of them would be anything."""
+    generator = np.random.default_rng(1)
+    norms = {
+        "first.head": np.exp(generator.normal(2, 0.3, (30, 9))).astype(np.float32),
+        "first.neuron": np.exp(generator.normal(0, 0.3, (30, 1536))).astype(np.float32),
+    }
+    mask = {name: np.ones_like(norm) for name, norm in norms.items()}
+    large = np.argsort(norms["first.head"], axis=None)[-90::4]
+    mask["first.head"].ravel()[large] = 0
+    mask["first.neuron"][norms["first.neuron"] > np.quantile(norms["first.neuron"], 0.99)] = 0
+    for seed in range(3):
+        drawn = norm_matched(mask, norms, seed)
+        for name in mask:
+            left = [moved_norm([1 - m[name]], [norms[name]]) for m in (mask, drawn)]
+            assert left[1] == pytest.approx(left[0], rel=5 * TOLERANCE)
+        by_hand = [(mask[n] == 0) & (drawn[n] == 0) for n in mask]
+        share = sum(int(both.sum()) for both in by_hand) / sum(int((m == 0).sum()) for m in mask.values())
+        assert coinciding(mask, drawn) == pytest.approx(share)
+        assert 0 < share < 0.9, "nothing else is as large as the largest, so many of them stay"
+    assert coinciding(mask, mask) == 1
 
 
 def test_magnitude_needs_norms_of_every_mask() -> None:

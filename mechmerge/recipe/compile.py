@@ -15,7 +15,7 @@ from mechmerge.errors import InputError
 from mechmerge.localize.rounds_file import MOST_CERTAIN, RoundsFile
 from mechmerge.models.components import UNIT_KINDS
 from mechmerge.models.pair import PositionRule, VocabularyRule
-from mechmerge.recipe.controls import magnitude_like, norm_matched, random_like
+from mechmerge.recipe.controls import coinciding, magnitude_like, norm_matched, random_like
 from mechmerge.recipe.policies import (
     Choice,
     Overlap,
@@ -422,9 +422,11 @@ def _control(
         )
     if model.base.digest != sources.base.digest:
         raise InputError(f"policy {policy}", expected=f"a recipe of the base {sources.base.name}", found=model.base.name)
-    per_layer = bool(given.get("per_layer", False))
+    per_layer, notes = bool(given.get("per_layer", False)), tuple[str, ...]()
     if policy == "random" and given.get("match_norms", False):
         drawn = norm_matched(masks, _norms(model, masks, sources, delta_norms), seed)
+        kept = coinciding(masks, drawn)
+        notes = (f"{kept:.0%} of the components that {model.policy.name} treats unlike most keep their coefficient",)
     elif policy == "random":
         drawn = random_like(masks, seed, per_layer)
     else:
@@ -442,7 +444,7 @@ def _control(
             **common,
         }
     )
-    return Compiled(recipe, drawn)
+    return Compiled(recipe, drawn, notes)
 
 
 def expected_change(sources: Sources, model: Recipe, masks: Masks) -> dict[str, float] | None:

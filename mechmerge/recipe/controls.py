@@ -2,9 +2,9 @@
 
 A policy is worth something only where it beats these at equal counts of each kind for each expert. `random_like` shuffles
 the coefficients (a permutation test's null, https://en.wikipedia.org/wiki/Permutation_test), within each layer if told;
-`norm_matched` shuffles only among components of one layer whose deltas are about as large, so that as much is moved as by the
-policy and all that differs is *which* components; `magnitude_like` gives the largest coefficients to the largest deltas, the
-assumption behind magnitude pruning and TIES (https://arxiv.org/abs/2306.01708).
+`norm_matched` shuffles only among components of one layer whose deltas are about as large, so that as much is moved, and left
+out, as by the policy and all that differs is *which* components; `magnitude_like` gives the largest coefficients to the largest
+deltas, the assumption behind magnitude pruning and TIES (https://arxiv.org/abs/2306.01708).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from mechmerge.recipe.schema import Array, Masks
 
 TOLERANCE = 0.01
 """By which the moved norm of a norm-matched shuffle may differ."""
-STRATA = (16, 8, 4, 2)
+LEFT_OUT = 5
+"""So many times that, the norm of what it leaves out may: often few components, which make leaps."""
+STRATA = (64, 16, 8, 4, 2)
 DRAWS = 20
 """Shuffles that are tried of each size of strata."""
 
@@ -69,43 +71,56 @@ def norm_matched(masks: Masks, delta_norms: Mapping[str, Array], seed: int, tole
     """The same coefficients of each expert, kind and layer, shuffled among components whose deltas are about as large.
 
     The components of a layer are sorted by the norm of their delta and cut into strata, and each stratum is shuffled. Of
-    shuffles of ever finer strata (16 components, 8, 4, 2) the first is taken whose moved norm √Σ (c · ‖δ‖)² of every expert
-    is that of the given masks up to the tolerance.
+    shuffles of ever finer strata (64 components, 16, 8, 4, 2) the first is taken that moves as much of every expert and kind,
+    √Σ (c · ‖δ‖)², and leaves as much out, √Σ ((1 − c) · ‖δ‖)², as the given masks do. The finer they are, the more often a
+    component keeps its own coefficient (`coinciding` says how often).
 
     Args:
         masks: `<expert>.<kind>` → [layers, units].
         delta_norms: `<expert>.<kind>` → Frobenius norms of expert − base, [layers, units].
         seed: of numpy's PCG64.
-        tolerance: largest relative difference of an expert's moved norm.
+        tolerance: largest relative difference of the moved norm; that of what is left out may be `LEFT_OUT` times it.
 
     Raises:
-        InputError: norms of a mask are missing, of another shape, or not numbers; or no shuffle is within the tolerance.
+        InputError: norms of a mask are missing, of another shape, or not numbers; or no shuffle is within the tolerances.
     """
     norms = {name: _checked(name, mask, delta_norms) for name, mask in masks.items()}
     generator = np.random.default_rng(seed)
-    experts = sorted({name.rpartition(".")[0] for name in masks})
-    made: Masks = {}
-    for expert in experts:
-        own = [name for name in sorted(masks) if name.rpartition(".")[0] == expert]
-        wanted = moved_norm([masks[name] for name in own], [norms[name] for name in own])
-        least = np.inf
-        for size in STRATA:
-            for _ in range(DRAWS):
-                drawn = {name: _within_strata(masks[name], norms[name], size, generator) for name in own}
-                found = moved_norm([drawn[name] for name in own], [norms[name] for name in own])
-                off = abs(found - wanted) / wanted if wanted > 0 else 0.0
-                least = min(least, off)
-                if off <= tolerance:
-                    break
-            if off <= tolerance:
-                made |= drawn
-                break
-        else:
-            raise InputError(
-                f"shuffle of {expert}", expected=f"a moved norm within {tolerance:g} of the recipe's",
-                found=f"{least:.3g} at best", fix="compare with `per_layer` shuffles",
-            )  # fmt: skip
+    made = {name: _matched(name, masks[name], norms[name], generator, tolerance) for name in sorted(masks)}
     return {name: made[name] for name in masks}
+
+
+def _matched(name: str, mask: Array, norms: Array, generator: np.random.Generator, tolerance: float) -> Array:
+    least = np.inf
+    for size in STRATA:
+        for _ in range(DRAWS):
+            drawn = _within_strata(mask, norms, size, generator)
+            off = max(_off(drawn, mask, norms), _off(1 - drawn, 1 - mask, norms) / LEFT_OUT)
+            least = min(least, off)
+            if off <= tolerance:
+                return drawn
+    raise InputError(
+        f"shuffle of {name}",
+        expected=f"norms within {tolerance:g} (moved) and {LEFT_OUT * tolerance:g} (left out) of the recipe's",
+        found=f"{least:.3g} at best", fix="compare with `per_layer` shuffles",
+    )  # fmt: skip
+
+
+def _off(drawn: Array, mask: Array, norms: Array) -> float:
+    """The relative difference of the moved norms."""
+    wanted = moved_norm([mask], [norms])
+    return abs(moved_norm([drawn], [norms]) - wanted) / wanted if wanted > 0 else 0.0
+
+
+def coinciding(masks: Masks, drawn: Masks) -> float:
+    """The share of components that keep their coefficient, of those whose coefficient is not their mask's most common one."""
+    odd = same = 0
+    for name, mask in masks.items():
+        values, counts = np.unique(mask, return_counts=True)
+        unlike = mask != values[counts.argmax()]
+        odd += int(unlike.sum())
+        same += int((unlike & (drawn[name] == mask)).sum())
+    return same / odd if odd else 0.0
 
 
 def moved_norm(masks: Sequence[Array], norms: Sequence[Array]) -> float:
