@@ -383,9 +383,9 @@ case("recipe: a revision with markup", "TMP/recipe.yaml: base.revision: String s
     lambda place: place.merge(RECIPE | {"base": RECIPE["base"] | {"revision": "x`\n[evil](https://x)"}})
 )
 case("merge: models that are not on this machine", "model demo:smollm2-135m-instruct: expected weights #; found none on this machine; "
-     "pass --model demo:smollm2-135m-instruct=MODEL", 4)(lambda place: place.merge(RECIPE))  # fmt: skip
+     "pass --model base=MODEL", 4)(lambda place: place.merge(RECIPE))  # fmt: skip
 case("merge: other weights than the recipe's", "model demo:smollm2-135m-instruct: expected weights #; found other weights in BASE; pass "
-     "--model demo:smollm2-135m-instruct=MODEL", 4)(
+     "--model base=MODEL", 4)(
     lambda place: place.merge(RECIPE, "--model", f"base={place.base}"))  # fmt: skip
 case("merge: no recipe", "TMP/nowhere.yaml: expected a file; found nothing there")(
     lambda place: ["merge", str(place.tmp / "nowhere.yaml"), place.out]
