@@ -26,12 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mechmerge.errors import InputError, SchemaError
 
 METADATA_KEY = "mechmerge"
+MOST_SEED = 2**63 - 1
+"""The largest seed that numpy and torch both take; the least is 0."""
 YAML_LIMIT = 16_000_000
 """Characters: PyYAML reads about a million in a second, and nothing of ours comes near (many prompts are JSON Lines)."""
 
 
-MOST_SEED = 2**63 - 1
-"""The largest seed that numpy and torch both take; the least is 0."""
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 """From the parsed content of one schema version to that of the next; its argument is a copy of its own."""
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -507,6 +508,13 @@ def test_a_recipe_is_emitted_later_where_a_plain_mergekit_can_run_it(
     assert "0.25" in (tmp_path / "half.mergekit.yaml").read_text()
     assert run("emit", tmp_path / "half.yaml", "--as", "masked", "--out", tmp_path / "m.yaml").exception is None
     assert parse_yaml((tmp_path / "m.yaml").read_text(), "m.yaml")["parameters"] == {"recipe": str(tmp_path / "half.yaml")}
+
+
+def test_yaml_of_a_recipe_on_the_hub_needs_a_place(tmp_path: Path) -> None:
+    """Beside the recipe would be the Hub's cache."""
+    done = run("emit", "hf://datasets/owner/name/recipe.yaml", "--as", "stock")
+    assert isinstance(done.exception, click.UsageError)
+    assert "needs --out" in done.exception.message
 
 
 def test_magnitude_reads_norms_from_the_models_where_no_file_tells(

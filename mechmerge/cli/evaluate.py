@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    SEED,
     device_option,
     make_progress,
     quiet_option,
@@ -84,7 +85,7 @@ def table_options(function: Any) -> Any:
     "--thinking", type=click.Choice(["keep", "strip"]), default="keep", show_default=True,
     help="Whether <think>…</think> is part of the answer that is judged.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--overwrite", is_flag=True, help="Replace samples of another model or of other settings.")
 @device_option
 @threads_option

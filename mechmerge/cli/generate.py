@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mechmerge.cli.common import (
+    SEED,
     Finite,
     device_option,
     escape,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--chat-template", default="model", show_default=True, metavar="model|none|FILE",
               help="The model's own, prompts as they are, or a file with a Jinja template.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn at a temperature.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of what is drawn at a temperature.")
 @device_option
 @threads_option
 @quiet_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from mechmerge.cli.common import format_option, make_progress, show
+from mechmerge.models.hub_files import is_hub_reference
 
 if TYPE_CHECKING:
     from mechmerge.progress import Progress
@@ -70,6 +71,8 @@ def emit(recipe: str, form: Form, out: Path | None, models: tuple[str, ...], out
 
     A recipe is stock where no tensor is cut: all heads, KV groups and neurons of a module have one coefficient.
     """
+    if out is None and is_hub_reference(recipe):
+        raise click.UsageError("A recipe on the Hub needs --out.")
     from mechmerge.artifacts import write_text
     from mechmerge.cli.models import open_folders
     from mechmerge.models.hub_files import local_file

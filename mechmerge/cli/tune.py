@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechmerge.cli.common import device_option, format_option, make_progress, quiet_option, set_threads, show, threads_option
+from mechmerge.cli.common import (
+    SEED,
+    device_option,
+    format_option,
+    make_progress,
+    quiet_option,
+    set_threads,
+    show,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from mechmerge.pipeline.tuning import Tuning
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--chunk", type=click.IntRange(1), default=24, show_default=True,
               help="Prompts of a suite asked before a trial may be given up.")  # fmt: skip
 @click.option("--prune/--no-prune", default=True, show_default=True, help="Give up trials that are worse than the best.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @device_option
 @threads_option
 @quiet_option

@@ -185,12 +185,15 @@ class EffectOptions(Protocol):
     tokens: Any
 
 
-def _most_nodes(settings: EffectOptions) -> int:
-    """Points at which gradients are taken at most: a halved interval's two are given up for four."""
+def _most_nodes(settings: EffectOptions) -> tuple[int, int]:
+    """Points at which gradients are taken at most, a halved interval's two being given up for four; and ends of intervals."""
     if getattr(settings, "origin", "base") == "sum":
-        return SHORT_NODES
+        return SHORT_NODES, SHORT_NODES // 2 + 1
     kept: int | None = getattr(settings, "max_nodes", None)
-    return ROUND_NODES if kept is None else 6 + 4 * ((kept - 6) // 2)
+    if kept is None:
+        return ROUND_NODES, ROUND_NODES // 2 + 1
+    halved = (kept - 6) // 2
+    return 6 + 4 * halved, 4 + halved
 
 
 def plan_effects(
@@ -222,8 +225,8 @@ def plan_effects(
             total += sum(prompts.asking) + n * behavior.answer_tokens
             longest = max(longest, max(prompts.asking) + behavior.answer_tokens)
             positions = max(positions, n, settings.batch * (behavior.answer_tokens + 1))
-    e, nodes = experts, _most_nodes(settings)
-    losses = nodes // 2 + 1 + len({expert for expert, _ in rows}) + getattr(settings, "check", 0)
+    e, (nodes, ends) = experts, _most_nodes(settings)
+    losses = ends + len({expert for expert, _ in rows}) + getattr(settings, "check", 0)
     losses += 1 + experts if settings.tokens == "contested" else 0
     batches = -(-len(lengths) // settings.batch)
     point = 1 + e
@@ -276,8 +279,8 @@ def plan_anchor_effects(
         batches += -(-len(own) // settings.batch)
         longest = max(longest, max(prompts.asking) + (behavior.answer_tokens if asked else 0))
         states = max(states, sum(prompts.asking), sum(prompts.plain))
-    nodes, point, total = _most_nodes(settings), 1 + experts, sum(lengths)
-    values = nodes // 2 + 1 + len({expert for expert, _, _ in members})
+    (nodes, ends), point, total = _most_nodes(settings), 1 + experts, sum(lengths)
+    values = ends + len({expert for expert, _, _ in members})
     steps += [
         Step("states along the path", values * total * depth, reads=values * point * depth, loads=values * point),
         Step(
