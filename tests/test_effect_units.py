@@ -173,7 +173,7 @@ def test_the_command_measures_on_anchors(
     arguments += ["--metric", "anchor", "--invalid-anchor", "report", "--dtype=float32", "--prompts=4", "--format=json"]
     assert call(*arguments, "--plan") == 0
     steps = [step["step"] for step in json.loads(capsys.readouterr().out)["plan"]["steps"]]
-    assert steps == ["loud of a: states of base and expert", "states along the path", "effects at 10 nodes"]
+    assert steps == ["loud of a: states of base and expert", "states along the path", "effects at 14 nodes"]
     assert call(*arguments) == 0
     (row,) = json.loads(capsys.readouterr().out)["effects"]
     assert row["prompts measured"] == "4 of 8"

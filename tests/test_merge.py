@@ -180,6 +180,14 @@ def test_the_folder_is_a_whole_model(base: Model, expert: Model, tmp_path: Path)
     assert not list(tmp_path.glob(".*partial*"))
 
 
+def of_its_own(folder: Path) -> tuple[Path, Model]:
+    """A base with weights that no other test has, whose folder may change, and an expert of it: where the weights of a model
+    were last resolved, there they are looked for.
+    """
+    base = tiny_model(folder / "base", seed=7)
+    return base, resolve(str(tiny_expert(base, folder / "expert", seed=8)))
+
+
 ODD_SETTINGS: list[dict[str, Any]] = [
     {"return_dict_in_generate": True},
     {"stop_strings": ["<|im_end|>"]},
@@ -190,19 +198,17 @@ ODD_SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", ODD_SETTINGS, ids=lambda settings: next(iter(settings)))
-def test_generation_settings_of_the_base_do_not_stop_a_merge(
-    base: Model, expert: Model, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_generation_settings_of_the_base_do_not_stop_a_merge(tmp_path: Path, settings: dict[str, Any]) -> None:
     """They are kept, and the merge is tried without them."""
-    folder = shutil.copytree(base.path, tmp_path / "base")
+    folder, expert = of_its_own(tmp_path)
     told = json.loads((folder / "generation_config.json").read_text()) | settings
     (folder / "generation_config.json").write_text(json.dumps(told))
     merge(written(tmp_path, resolve(str(folder)), {"e": expert}, {}), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == told
 
 
-def test_chat_templates_in_a_folder_of_their_own_are_kept(base: Model, expert: Model, tmp_path: Path) -> None:
-    folder = shutil.copytree(base.path, tmp_path / "base")
+def test_chat_templates_in_a_folder_of_their_own_are_kept(tmp_path: Path) -> None:
+    folder, expert = of_its_own(tmp_path)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "tokenizer").mkdir()  # a folder is no side file, whatever its name
@@ -266,9 +272,9 @@ def test_one_model_under_two_names(base: Model, expert: Model, tmp_path: Path) -
         merge(file, tmp_path / "other", engine="mergekit")
 
 
-def test_advice_names_the_expert_and_not_its_model(base: Model, expert: Model, tmp_path: Path) -> None:
+def test_advice_names_the_expert_and_not_its_model(base: Model, tmp_path: Path) -> None:
     """Models may have the same name, `checkpoint-500` say."""
-    folder = shutil.copytree(expert.path, tmp_path / "checkpoint-500")
+    folder = tiny_expert(base.path, tmp_path / "checkpoint-500", seed=9)
     file = written(tmp_path, base, {"mine": resolve(str(folder))}, {})
     folder.rename(tmp_path / "moved")
     with pytest.raises(MissingError, match="pass --model mine=MODEL"):

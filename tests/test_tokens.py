@@ -135,7 +135,7 @@ def test_solutions_follow_the_effect_file(
 
     asked: list[str] = []
 
-    def stop(_calibration: Calibration, _effects: EffectFile, settings: SolveSettings) -> None:
+    def stop(_calibration: Calibration, _effects: EffectFile, settings: SolveSettings, *_: object) -> None:
         asked.append(settings.tokens)
         raise KeyboardInterrupt
 

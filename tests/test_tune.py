@@ -432,10 +432,18 @@ def test_a_worse_trial_is_given_up(base: Model, tmp_path: Path) -> None:
 
 
 def test_what_the_policy_refuses_is_said(pipeline: Path, tmp_path: Path) -> None:
-    found = tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:0.01"])
+    with pytest.raises(InputError, match=r"weight\.soft: expected a positive number; found -1"):
+        tune(pipeline, tmp_path / "out", TuneSettings(trials=7, limit=4), opened=["weight.soft=-1:0.01"])
+    told = yaml.safe_load(pipeline.read_text())
+    told["recipes"]["drawn"] = {"policy": "della"}
+    drawn = pipeline.with_name("drawn.yaml")
+    drawn.write_text(yaml.safe_dump(told, sort_keys=False))
+    # Either end of each is right beside the other's default, both together are not.
+    found = tune(drawn, tmp_path / "drawn", TuneSettings(trials=7, limit=4), recipe="drawn",
+                 opened=["density=0.2:0.8", "epsilon=0.05:0.4"])  # fmt: skip
     refused = [trial for trial in found.trials if trial.state == "refused"]
     assert refused
-    assert all("positive" in str(trial.problem) and trial.prompts == 0 for trial in refused)
+    assert all("density ± epsilon" in str(trial.problem) and trial.prompts == 0 for trial in refused)
     with pytest.raises(InputError, match="one of"):
         tune(pipeline, tmp_path / "out", recipe="nothing")
     with pytest.raises(InputError, match="the control random"):
