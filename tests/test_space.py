@@ -22,11 +22,29 @@ def test_the_first_point_is_the_policy_as_it_is(policy: str) -> None:
     plan = RecipePlan(policy=policy, parameters={"budget": 0.2} if policy == "top" else {})  # type: ignore[arg-type]
     opened = [name for name in TOLD if name in PARAMETERS[policy]]
     space = space_of(plan, tuple(EXPERTS), ("x", "y"), opened)
-    point = untouched(space, plan)
+    point, same = untouched(space, plan)
+    assert same
     assert set(opened) <= point.keys()
     for name, value in point.items():
         known = dict(plan.parameters) | defaults_of(policy) | dict(plan.parameters)
         assert value == known.get(name, 1.0), name
+
+
+@pytest.mark.parametrize(
+    ("opened", "same", "start"),
+    [
+        (["strength.first=0.2:0.6"], False, {"strength.first": 0.6}),
+        (["strength.first=0.2,0.6"], False, {"strength.first": 0.2}),
+        (["strength.first=0.2:1"], True, {"strength.first": 1.0}),
+        (["agreement=false,true"], True, {"agreement": True}),
+    ],
+)
+def test_a_default_outside_what_is_opened_is_told(opened: list[str], same: bool, start: dict[str, object]) -> None:
+    """The first trial is next to the policy as it is, and is not called untuned."""
+    plan = RecipePlan(policy="conflict")
+    point, found = untouched(space_of(plan, tuple(EXPERTS), ("x", "y"), opened), plan)
+    assert found == same
+    assert point.items() >= start.items()
 
 
 @pytest.mark.parametrize("policy", list(BASELINES))
@@ -34,7 +52,7 @@ def test_every_point_is_one_that_the_policy_takes(policy: str) -> None:
     plan = RecipePlan(policy=policy)  # type: ignore[arg-type]
     space = space_of(plan, tuple(EXPERTS), ("x",), [name for name in TOLD if name in PARAMETERS[policy] and name != "epsilon"])
     sources, seen = Sources(BASE, EXPERTS), set()
-    for point in [untouched(space, plan), *spread(space, 40, 0)]:
+    for point in [untouched(space, plan)[0], *spread(space, 40, 0)]:
         made = compile_recipe(policy, sources, parameters=point)
         seen.add(made.recipe.model_dump_json(exclude={"policy"}))
     assert len(seen) > 10 or policy == "model-stock", "what is searched changes the merge"

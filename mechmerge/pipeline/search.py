@@ -104,12 +104,12 @@ class Search:
             return None
 
     def guesses(self) -> list[tuple[Source, dict[str, Value]]]:
-        """The first trials: the policy as it is, then candidates in the order of their predictions, best first."""
-        start = untouched(self.space, self.plan)
+        """The first trials: the policy as it is or what is nearest to it, then candidates as predicted, best first."""
+        start, same = untouched(self.space, self.plan)
         candidates = [values for values in spread(self.space, CANDIDATES, self.settings.seed) if values != start]
         told = [self.predicted(values) for values in candidates]
         order = sorted(range(len(candidates)), key=lambda i: (told[i] is None, -(told[i] or 0.0), i))
-        return [("untuned", start), *(("predicted", candidates[i]) for i in order[: FIRST - 1])]
+        return [("untuned" if same else "nearest", start), *(("predicted", candidates[i]) for i in order[: FIRST - 1])]
 
     def run(self) -> tuple[list[Trial], Literal["trials", "patience", "target"]]:
         """All trials, and what ended the search. The same settings give the same trials, whatever is kept of earlier calls."""

@@ -147,17 +147,22 @@ def _told(one: Open, told: str, text: str) -> Open:
         raise InputError("--open", expected="NAME, NAME=LOW:HIGH or NAME=A,B", found=repr(text)) from None
 
 
-def untouched(space: Sequence[Open], plan: RecipePlan) -> dict[str, Value]:
-    """The point of the space that does what the policy does untold: weights and strengths 1, all else its default."""
+def untouched(space: Sequence[Open], plan: RecipePlan) -> tuple[dict[str, Value], bool]:
+    """What the policy does untold (weights and strengths 1, all else its default), or the point of the space nearest to it.
+
+    Returns:
+        The point, and whether it is the policy as it is: it is not where `--open` leaves its values outside.
+    """
     found: dict[str, Value] = {}
     untold = {"budget": 0.5} | defaults_of(plan.policy)  # top has no budget of its own
+    wanted = {one.name: plan.parameters.get(one.name, untold.get(one.name, 1.0)) for one in space}
     for one in space:
-        value = plan.parameters.get(one.name, untold.get(one.name, 1.0))
+        value = wanted[one.name]
         if one.choices is not None:
             found[one.name] = value if value in one.choices else one.choices[0]
         else:
             found[one.name] = one.rounded(value)
-    return found
+    return found, found == wanted
 
 
 def spread(space: Sequence[Open], n: int, seed: int) -> list[dict[str, Value]]:

@@ -13,7 +13,7 @@ from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.pipeline.ranking import Judged
 from mechmerge.pipeline.space import Open, Value
 
-Source = Literal["untuned", "predicted", "tpe"]
+Source = Literal["untuned", "nearest", "predicted", "tpe"]
 
 
 class TuneSettings(Document):
@@ -40,7 +40,9 @@ class Trial(Document):
 
     number: int = Field(ge=0)
     source: Source
-    """`untuned`: the policy as it is; `predicted`: among the best by the effect matrix; `tpe`: chosen by the sampler."""
+    """`untuned`: the policy as it is; `nearest`: the point of the space next to it, where `--open` leaves it outside;
+    `predicted`: among the best by the effect matrix; `tpe`: chosen by the sampler.
+    """
     parameters: dict[str, Value]
     """The open parameters' values."""
     predicted: float | None
