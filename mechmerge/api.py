@@ -518,8 +518,12 @@ def gate(
     from mechmerge.evaluate.gate import Gate, check_gate
 
     held = rules if isinstance(rules, Gate) else read_document(Gate, Path(rules))
-    bound = {name: resolve(one).id for name, one in weights.items()} if weights else None
-    return check_gate(_evaluation(evaluation), held, model, weights=bound)
+    bound = {name: resolve(one).id for name, one in (weights or {}).items()}
+    result = check_gate(_evaluation(evaluation), held, model, weights=bound)
+    about = {name for rule, judged in zip(held.rules, result.rules, strict=True) for name in (judged.model, *rule.others)}
+    for name in bound.keys() - about:
+        raise InputError(f"weights of {name}", expected=f"one of {', '.join(sorted(about))}", found="a model without a rule")
+    return result
 
 
 def _evaluation(given: str | Path | Evaluation) -> Evaluation:
@@ -533,7 +537,8 @@ def inspect(file: str | Path, other: str | Path | None = None, *, progress: Prog
     """What a file, a run or a model holds, checked: its kind, its document, the shapes of its tensors, and tables to show.
 
     Args:
-        file: a score, effect, rounds, recipe, evaluation, gate or sweep file; a run directory; a model reference; or `hf://…`.
+        file: a score, effect, rounds, recipe, evaluation, verdict (gate.json) or sweep file; a run directory; a model
+            reference; or `hf://…`.
         other: a second model reference: whether the two can be merged, and where they differ.
         progress: told about downloads.
 
@@ -700,6 +705,7 @@ def publish(
     Raises:
         GateRefused: the gate refuses, or its evaluation is of other weights.
         InputError, MissingError: anything else, in one line.
+        MechmergeError: the Hub holds other bytes than were sent.
     """
     from mechmerge.publish.hub import publish as send
 

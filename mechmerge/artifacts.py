@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mechmerge.errors import InputError, SchemaError
 
 METADATA_KEY = "mechmerge"
-MOST_SEED = 2**63 - 1
-"""The largest seed that numpy and torch both take; the least is 0."""
+MOST_SEED = 2**32 - 1
+"""The largest seed that torch, numpy and its older generators (optuna and mergekit draw with those) take; the least is 0."""
 YAML_LIMIT = 16_000_000
 """Characters: PyYAML reads about a million in a second, and nothing of ours comes near (many prompts are JSON Lines)."""
 
@@ -109,9 +109,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
+        for inside in partial.rglob("*"):
+            if inside.is_dir():
+                _sync_folder(inside)
+            elif inside.is_file():
+                with inside.open("rb") as handle:
                     os.fsync(handle.fileno())
         _sync_folder(partial)
         os.replace(partial, path)
@@ -392,12 +394,13 @@ def write_json(path: Path, value: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------------- tensors
 def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Document) -> None:
     """Writes numpy arrays and one JSON document as a safetensors file, atomically."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with atomic_file(path) as partial:
         # In document order, not sorted: the order of a mapping may name a tensor's dimension (experts of an effect file).
         text = json.dumps(metadata.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        save_file(dict(arrays), partial, {METADATA_KEY: text})
+        # Not `save_file`, whose files only their owner may read.
+        partial.write_bytes(save(dict(arrays), {METADATA_KEY: text}))
 
 
 def read_arrays(path: Path, kind: type[D]) -> tuple[dict[str, Any], D]:

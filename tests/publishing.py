@@ -74,7 +74,7 @@ def local_state(run: Path) -> dict[str, str]:
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja")  # fmt: skip
     files = {name: merged / name for name in names}
-    files |= {f"mechmerge/{name}": merged / name for name in ("recipe.yaml", "masks.safetensors")}
+    files |= {name: merged / name for name in ("mechmerge/recipe.yaml", "mechmerge/masks.safetensors")}
     files |= {f"mechmerge/{path.relative_to(run)}": path for path in run.glob("scores/*/*.safetensors")}
     files |= {f"mechmerge/{name}": run / name for name in ("effects.safetensors", "figures/effects.png", "figures/curves.png")}
     return {path: sha256_file(file) for path, file in files.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 
 from mechmerge.behaviors.schema import Behavior
 from mechmerge.localize.anchor import best_layers, halves, judge, mean_low, standard_error
@@ -15,6 +16,12 @@ from mechmerge.models.references import Model
 from tests.test_anchor import synthetic
 from tests.test_curves import behavior
 
+
+def low_level(topics: int) -> float:
+    """The lower level of a 95 % interval of so many topics: the normal's at t's quantile, with n/(n − 1)."""
+    return float(norm.cdf(np.sqrt(topics / (topics - 1)) * t.ppf(0.025, topics - 1)))
+
+
 NAMES = ["tea", "rain", "tea", "a boat", "rain", "tea", "moon", "a boat"]
 """Topics of eight prompts, in no order: three, two, two and one."""
 
@@ -22,13 +29,14 @@ NAMES = ["tea", "rain", "tea", "a boat", "rain", "tea", "moon", "a boat"]
 # ---------------------------------------------------------------------------------------------------------- the lower bound
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [2, 7, 24])
-def test_one_prompt_a_topic_is_the_plain_bootstrap_to_the_bit(n: int, dtype: type) -> None:
-    """As files that are there were made; topics are not in the order of the alphabet."""
+def test_one_prompt_a_topic_is_the_plain_bootstrap(n: int, dtype: type) -> None:
+    """At the level for so few; topics are not in the order of the alphabet."""
     values = np.random.default_rng(n).normal(0.3, 1, n).astype(dtype)
     picks = np.random.default_rng(5).integers(0, n, (2000, n))
-    plain = float(np.quantile(values[picks].mean(1), 0.025))
-    assert mean_low(values, None, 5) == plain
-    assert mean_low(values, [f"topic {97 * i % 31}" for i in range(n)], 5) == plain
+    plain = float(np.quantile(values[picks].mean(1), low_level(n)))
+    student = values.mean() - t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    assert mean_low(values, None, 5) == pytest.approx(min(plain, student), abs=1e-5)
+    assert mean_low(values, [f"topic {97 * i % 31}" for i in range(n)], 5) == mean_low(values, None, 5)
 
 
 def test_topics_are_drawn_with_all_their_prompts() -> None:
@@ -39,7 +47,9 @@ def test_topics_are_drawn_with_all_their_prompts() -> None:
     for row in rng.integers(0, 4, (2000, 4)):
         copied = [values[i] for k in row for i in range(len(NAMES)) if NAMES[i] == names[k]]
         means.append(sum(copied) / len(copied))
-    assert mean_low(values, NAMES, 9) == pytest.approx(np.quantile(means, 0.025), abs=1e-12)
+    plain = np.quantile(means, low_level(4))
+    student = values.mean() - t.ppf(0.975, 3) * float(standard_error(values, NAMES))
+    assert mean_low(values, NAMES, 9) == pytest.approx(min(plain, student), abs=1e-12)
     assert mean_low(values, NAMES, 9) != mean_low(values, None, 9)
 
 
@@ -51,13 +61,22 @@ def test_copies_of_a_prompt_license_nothing() -> None:
     assert mean_low(copies, topics, 0) == pytest.approx(mean_low(values, None, 0), abs=1e-12)
 
 
-def test_a_bound_holds_as_often_as_it_says() -> None:
-    """A gap of nothing whose topics differ: by prompts one in seven would be called one above 0, by topics one in forty."""
-    rng, topics = np.random.default_rng(3), [str(i // 4) for i in range(96)]
-    found = [np.repeat(rng.normal(size=24), 4) + rng.normal(size=96) for _ in range(400)]
+@pytest.mark.parametrize("number", [2, 3, 5, 24])
+def test_a_bound_holds_as_often_as_it_says(number: int) -> None:
+    """A gap of nothing whose topics differ: by prompts one in seven would be called one above 0, by topics one in forty.
+
+    The plain quantile of five topics would call one in twelve so.
+    """
+    rng, n = np.random.default_rng(3), 4 * number
+    topics = [str(i // 4) for i in range(n)]
+    found = [np.repeat(rng.normal(size=number), 4) + rng.normal(size=n) for _ in range(1500)]
     by_topic, by_prompt = (np.mean([mean_low(v, told, 0, 500) > 0 for v in found]) for told in (topics, None))
-    assert by_topic < 0.06
+    assert by_topic < 0.035
     assert by_prompt > 0.1
+    if number == 5:
+        means = np.array([v.reshape(number, 4).mean(1) for v in found])
+        picks = np.random.default_rng(0).integers(0, number, (500, number))
+        assert np.mean(np.quantile(means[:, picks].mean(2), 0.025, axis=1) > 0) > 0.06
 
 
 @pytest.mark.parametrize("values", [[2.0, 2.1, 1.9], [-1.0, 3.0], [5.0]])

@@ -203,6 +203,8 @@ def test_the_readmes_example_runs(
     both = mechmerge.compare({"one": known["evaluation"], "two": tmp_path / "again.json"})
     assert set(both.models) == {"base", "a", "b", "merged"}, "the same weights with the same outcomes stand once"
     assert not mechmerge.gate(again, "gate.yaml", weights={"merged": base}).passed, "an evaluation of other weights"
+    with pytest.raises(mechmerge.InputError, match=r"weights of other: expected .*merged"):
+        mechmerge.gate(again, "gate.yaml", weights={"other": base})
     scores = mechmerge.localize(
         base,
         expert,

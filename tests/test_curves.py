@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm, t
 
 from mechmerge.artifacts import Units
 from mechmerge.behaviors.schema import Behavior, Pair, Verifier
@@ -382,7 +383,15 @@ def test_an_advantage_has_both_its_uncertainties() -> None:
     wide, wider = parts(mixed), parts(mixed, topics=["a"] * 4 + ["b"] * 4)
     assert wide[0] == wider[0] == pytest.approx(1.0)
     assert 0.5 < wide[1] < 1.0 < wide[2] < 1.5
-    assert wider[1:] == pytest.approx((0.5, 1.5))
+    assert wider[1:] == pytest.approx((1 - 12.706 / 2, 1 + 12.706 / 2), abs=1e-3), "two topics: t with one degree of freedom"
+    # Few topics: at the levels for so few.
+    six = np.array([0.1, 0.9, 0.3, 0.4, 0.8, 0.5])
+    drawn = six[np.random.default_rng(0).integers(0, 6, (2000, 6))].mean(1)
+    below, half = norm.cdf(np.sqrt(6 / 5) * t.ppf(0.025, 5)), t.ppf(0.975, 5) * six.std(ddof=1) / np.sqrt(6)
+    low, high = np.quantile(drawn, [below, 1 - below])
+    assert parts([six]) == pytest.approx((0.5, min(low, 0.5 - half), max(high, 0.5 + half)))
+    # One topic bounds nothing.
+    assert parts([[0.4, 0.6]], topics=["a", "a"]) == pytest.approx((0.5, 0.0, 0.5))
     # Weighted: 8 nats over 4 tokens.
     assert parts([[2.0, 6.0]], weights=np.array([1.0, 3.0]))[0] == pytest.approx(2.0)
 

@@ -29,7 +29,7 @@ from mechmerge.models.checkpoint import Checkpoint
 from mechmerge.models.load import load_model, quiet
 from mechmerge.models.references import Model, resolve
 from mechmerge.recipe.coefficients import coefficients
-from mechmerge.recipe.schema import Masks, Rule, read_recipe
+from mechmerge.recipe.schema import KEPT, Masks, Rule, read_recipe
 from tests.test_components import MODEL_TYPES
 from tests.test_merge import random_masks, written
 from tests.tiny import tiny_adapter, tiny_expert, tiny_model
@@ -153,6 +153,10 @@ def test_adapters_go_in_and_come_out(base: Model, tmp_path: Path) -> None:
     assert export.error < 1e-4, "the materialised experts are rounded to float32"
     check_equal(base, tmp_path / "adapter", direct_sum(file, base, experts), tolerance=1e-5)
     assert export_lora(file, tmp_path / "less", 3).error > 1e-2
+    assert export_lora(file, tmp_path / "adapter", 4) == export
+    shutil.rmtree(tmp_path / "adapter" / "mechmerge")
+    with pytest.raises(InputError, match="something else"):
+        export_lora(file, tmp_path / "adapter", 4)
 
 
 def test_one_expert_alone(base: Model, expert: Model, second_expert: Model, tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_one_expert_alone(base: Model, expert: Model, second_expert: Model, tmp_
     file = written(tmp_path, base, experts, random_masks(base, experts), 0.0)
     export = export_lora(file, tmp_path / "adapter", FULL, expert="two")
     assert list(export.experts) == ["two"]
-    alone = direct_sum(tmp_path / "adapter" / "recipe.yaml", base, {"two": second_expert})
+    alone = direct_sum(tmp_path / "adapter" / KEPT, base, {"two": second_expert})
     check_equal(base, tmp_path / "adapter", alone)
 
 
@@ -199,9 +203,9 @@ def test_what_is_written(base: Model, expert: Model, tmp_path: Path) -> None:
     export = export_lora(file, tmp_path / "adapter", 6)
     assert read_document(Export, tmp_path / "adapter" / "export.json") == export
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "export.json", "masks.safetensors", "recipe.yaml"
+        "adapter_config.json", "adapter_model.safetensors", "export.json", "mechmerge"
     ]  # fmt: skip
-    assert (tmp_path / "adapter" / "recipe.yaml").read_bytes() == file.read_bytes()
+    assert (tmp_path / "adapter" / KEPT).read_bytes() == file.read_bytes()
     for path in (tmp_path / "adapter").glob("*.json"):
         assert str(tmp_path) not in path.read_text(), "no local path is published"
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "adapter").iterdir()}
@@ -225,8 +229,10 @@ def test_the_same_bytes_in_another_process(base: Model, expert: Model, tmp_path:
             check=False,
         )
         assert done.returncode == 0
-    for path in (tmp_path / "1").iterdir():
-        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name
+    made = [path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file()]
+    assert len(made) > 3
+    for path in made:
+        assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes(), path
 
 
 def test_what_cannot_be_an_adapter(base: Model, expert: Model, tmp_path: Path) -> None:
@@ -302,7 +308,7 @@ def test_an_expert_as_a_checkpoint(base: Model, expert: Model, second_expert: Mo
     done = run(file, "--as", "expert", "--expert", "one", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     merged = Checkpoint(tmp_path / "out")
-    for name, tensor in direct_sum(tmp_path / "out" / "recipe.yaml", base, {"one": expert}).items():
+    for name, tensor in direct_sum(tmp_path / "out" / KEPT, base, {"one": expert}).items():
         assert torch.equal(merged.tensor(name), tensor), name
 
 

@@ -63,7 +63,7 @@ def test_masks_come_from_the_recipes_own_commit(published: tuple[Hub, Runner], r
     path, masks = done.out.split()
     assert f"/snapshots/{commit}/mechmerge/recipe.yaml" in path
     assert int(masks) > 0
-    assert Path(path).read_bytes() == (run / "merged/conflict/recipe.yaml").read_bytes()
+    assert Path(path).read_bytes() == (run / "merged/conflict/mechmerge/recipe.yaml").read_bytes()
 
 
 def test_what_is_recorded_is_portable(published: tuple[Hub, Runner], tmp_path: Path) -> None:

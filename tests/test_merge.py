@@ -34,7 +34,7 @@ from mechmerge.publish.outbox import model_files
 from mechmerge.recipe.coefficients import coefficients
 from mechmerge.recipe.compile import BASELINES, compile_recipe
 from mechmerge.recipe.emit import emit_baseline, emit_masked
-from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert, Rule, read_recipe, write_recipe
+from mechmerge.recipe.schema import KEPT, Masks, Policy, Recipe, RecipeExpert, Rule, read_recipe, write_recipe
 from mechmerge.recipe.sources import Sources
 from tests.test_components import MODEL_TYPES
 from tests.test_emit import run_stock
@@ -160,19 +160,21 @@ def test_the_folder_is_a_whole_model(base: Model, expert: Model, tmp_path: Path)
     file = written(tmp_path / "made", base, {"e": expert}, random_masks(base, {"e": expert}))
     out = tmp_path / "out"
     merge(file, out)
-    expected = {"model.safetensors", "config.json", "recipe.yaml", "masks.safetensors"}
+    expected = {"model.safetensors", "config.json", "mechmerge"}
     side = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     assert {path.name for path in out.iterdir()} == expected | side
     for name in side:
         assert (out / name).read_bytes() == (base.path / name).read_bytes()
+    assert sorted(path.name for path in (out / "mechmerge").iterdir()) == ["masks.safetensors", "recipe.yaml"]
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"], "other loaders take all for weights"
     for name in ("recipe.yaml", "masks.safetensors"):
-        assert (out / name).read_bytes() == (file.parent / name).read_bytes()
+        assert (out / "mechmerge" / name).read_bytes() == (file.parent / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     theirs = json.loads((base.path / "config.json").read_text())
     assert config.pop("dtype") == "bfloat16"
     theirs.pop("dtype")
     assert config == theirs
-    for path in out.iterdir():
+    for path in (path for path in out.rglob("*") if path.is_file()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
         assert str(base.path.parent).encode() not in path.read_bytes(), path
     assert load_tokenizer(out).chat_template == load_tokenizer(base.path).chat_template
@@ -328,7 +330,7 @@ def test_the_same_recipe_gives_the_same_bytes(
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
         assert done.stderr == "", "nothing of mergekit's reaches the terminal"
-        contents.append({path.name: path.read_bytes() for path in out.iterdir()})
+        contents.append({path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()})
     assert contents[0].keys() == contents[1].keys()
     assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
 
@@ -424,10 +426,10 @@ def test_one_masked_expert_as_a_model(base: Model, expert: Model, second_expert:
     experts = {"one": expert, "two": second_expert}
     file = written(tmp_path, base, experts, random_masks(base, experts), 0.5)
     merge(file, tmp_path / "out", expert="two")
-    recipe, masks = read_recipe(tmp_path / "out" / "recipe.yaml")
+    recipe, masks = read_recipe(tmp_path / "out" / KEPT)
     assert list(recipe.experts) == ["two"]
     assert masks.keys() == {"two.head", "two.kv", "two.neuron"}
-    check_formula(tmp_path / "out" / "recipe.yaml", tmp_path / "out", base, {"two": second_expert}, torch.bfloat16)
+    check_formula(tmp_path / "out" / KEPT, tmp_path / "out", base, {"two": second_expert}, torch.bfloat16)
     merge(file, tmp_path / "out", expert="two")
     with pytest.raises(InputError, match="something else"):
         merge(file, tmp_path / "out", expert="one")
@@ -441,7 +443,7 @@ def test_an_adapter_is_an_expert(base: Model, second_expert: Model, tmp_path: Pa
     file = written(tmp_path, base, experts, random_masks(base, experts))
     merge(file, tmp_path / "out")
     check_formula(file, tmp_path / "out", base, experts, torch.bfloat16)
-    assert "base+lora" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "base+lora" in (tmp_path / "out" / KEPT).read_text()
 
 
 def test_paths_with_mergekits_own_signs(base: Model, expert: Model, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_only_named_kinds_of_files_leave(run: Path) -> None:
     assert set(go) == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                        "chat_template.jinja", "vocab.txt"}  # fmt: skip
     assert set(stay) == {"modeling.py", "optimizer.pt", "training_args.json", "notes.md", "tokenizer.model", "a/b.json",
-                         "recipe.yaml", "masks.safetensors"}  # fmt: skip
+                         "mechmerge/recipe.yaml", "mechmerge/masks.safetensors"}  # fmt: skip
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.model" in model_files(folder, ["model.safetensors"])[0], "there is no other tokenizer"
 

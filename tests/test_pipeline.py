@@ -20,6 +20,7 @@ from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model, resolve
 from mechmerge.pipeline.run import run_pipeline
 from mechmerge.pipeline.source import check_pipeline, load_pipeline
+from mechmerge.recipe.schema import KEPT
 from tests.tiny import tiny_expert
 
 RECIPES = {
@@ -102,7 +103,7 @@ def test_a_run_leaves_everything_that_design_names(finished: Path) -> None:
         assert (finished / "recipes" / name / "recipe.yaml").is_file()
         merged = finished / "merged" / name
         assert (merged / "model.safetensors").is_file() or list(merged.glob("*.safetensors"))
-        assert (merged / "recipe.yaml").read_bytes() == (finished / "recipes" / name / "recipe.yaml").read_bytes()
+        assert (merged / KEPT).read_bytes() == (finished / "recipes" / name / "recipe.yaml").read_bytes()
     evaluation = read_document(Evaluation, finished / "evaluation.json")
     assert list(evaluation.models) == ["base", "a", "b", *RECIPES]
     leftovers = [p for p in finished.rglob(".*") if "partial" in p.name or "units" in p.name]

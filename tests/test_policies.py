@@ -19,7 +19,7 @@ from mechmerge.models.components import UNIT_KINDS
 from mechmerge.pipeline.schema import RecipePlan
 from mechmerge.recipe.compile import check_parameters
 from mechmerge.recipe.controls import TOLERANCE, coinciding, magnitude_like, moved_norm, norm_matched, random_like
-from mechmerge.recipe.explain import shares
+from mechmerge.recipe.explain import resolved, shares
 from mechmerge.recipe.policies import behavior_weights, conflict, predicted_change, top, weighted
 from mechmerge.recipe.schema import Masks
 from tests.measured import LAYERS, PARAMETERS, SECOND, UNITS, effect_file, score_file
@@ -387,11 +387,20 @@ def test_a_norm_matched_shuffle_leaves_out_as_much_of_every_kind() -> None:
         for name in mask:
             left = [moved_norm([1 - m[name]], [norms[name]]) for m in (mask, drawn)]
             assert left[1] == pytest.approx(left[0], rel=5 * TOLERANCE)
-        by_hand = [(mask[n] == 0) & (drawn[n] == 0) for n in mask]
-        share = sum(int(both.sum()) for both in by_hand) / sum(int((m == 0).sum()) for m in mask.values())
-        assert coinciding(mask, drawn) == pytest.approx(share)
-        assert 0 < share < 0.9, "nothing else is as large as the largest, so many of them stay"
-    assert coinciding(mask, mask) == 1
+        for name, share in coinciding(mask, drawn).items():
+            by_hand = ((mask[name] == 0) & (drawn[name] == 0)).sum() / (mask[name] == 0).sum()
+            assert share == pytest.approx(by_hand)
+            assert 0 < share < 0.9, "nothing else is as large as the largest, so many of them stay"
+    assert coinciding(mask, mask) == dict.fromkeys(mask, 1.0)
+    assert coinciding({"first.kv": np.ones((3, 2), np.float32)}, {"first.kv": np.ones((3, 2), np.float32)}) == {}
+
+
+def test_what_leaves_out_nothing_is_not_matched_by_what_does() -> None:
+    """A head without a delta is left out; no other head is."""
+    norms, mask = {"first.head": np.ones((2, 4), np.float32)}, {"first.head": np.ones((2, 4), np.float32)}
+    norms["first.head"][0, 0] = mask["first.head"][0, 0] = 0
+    for seed in range(20):
+        assert norm_matched(mask, norms, seed)["first.head"][0, 0] == 0
 
 
 def test_magnitude_needs_norms_of_every_mask() -> None:
@@ -416,6 +425,18 @@ def test_shares_are_said_by_kind() -> None:
     ruled, plain = shares(recipe(("L*.head.0", "first", 0.5)), {"first.neuron": mask["first.neuron"]}, PARAMETERS)
     assert (ruled["head"], ruled["neuron"], ruled["head + kv + neuron"]) == ("by rules", "50.0 %", "by rules")
     assert plain["head + kv + neuron"] == "0.0 %", "no rule is about the second"
+
+
+def test_shares_of_rules_are_said_where_the_sizes_are_known() -> None:
+    """As those of masks with the same coefficients."""
+    shapes = {"head": (3, 4), "kv": (3, 2), "neuron": (3, 48)}
+    ruled = recipe(("L*.head.0", "first", 0.5), ("L1.kv.*", "first", 0.25), ("L2.neuron.7", "second", 0.75))
+    found = resolved(ruled, {}, shapes)
+    masks = {f"{name}.{kind}": array for name in ruled.experts for kind, array in found.units[name].items() if kind in shapes}
+    assert masks["first.head"].mean() == pytest.approx((3 + 0.5) / 4)
+    told = shares(ruled, {}, PARAMETERS, found)
+    assert told == shares(recipe(), masks, PARAMETERS)
+    assert (told[0]["head"], told[0]["kv"], told[0]["neuron"]) == ("87.5 %", "75.0 %", "100.0 %")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 api, repo = HfApi(), "writer/merge"
 api.create_repo(repo, exist_ok=True)
-for path in sorted(Path(sys.argv[1]).iterdir()):
+for path in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_file()):
     api.upload_file(repo_id=repo, path_or_fileobj=path.read_bytes(), path_in_repo=path.name)
 """
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mechmerge.artifacts import parse_document, parse_yaml, sha256_file, to_yaml
+from mechmerge.cli.main import cli
 from mechmerge.cli.recipe import command
 from mechmerge.errors import InputError, MechmergeError, SchemaError
 from mechmerge.models.components import LEAF_KINDS, UNIT_KINDS, Component
@@ -510,11 +514,48 @@ def test_a_recipe_is_emitted_later_where_a_plain_mergekit_can_run_it(
     assert parse_yaml((tmp_path / "m.yaml").read_text(), "m.yaml")["parameters"] == {"recipe": str(tmp_path / "half.yaml")}
 
 
-def test_yaml_of_a_recipe_on_the_hub_needs_a_place(tmp_path: Path) -> None:
-    """Beside the recipe would be the Hub's cache."""
-    done = run("emit", "hf://datasets/owner/name/recipe.yaml", "--as", "stock")
-    assert isinstance(done.exception, click.UsageError)
-    assert "needs --out" in done.exception.message
+@pytest.mark.parametrize("names", [None, ["LlamaForCausalLM", "AnotherForCausalLM"]])
+def test_a_base_of_no_or_two_architectures_is_not_for_a_plain_mergekit(tmp_path: Path, names: list[str] | None) -> None:
+    """We need only `model_type`; mergekit wants one name."""
+    base = resolve(str(tiny_model(tmp_path / "base", seed=21)))
+    config = json.loads((base.path / "config.json").read_text())
+    (base.path / "config.json").write_text(json.dumps(config | {"architectures": names}))
+    base = resolve(str(base.path))
+    expert = resolve(str(tiny_expert(base.path, tmp_path / "e", seed=22)))
+    made = Recipe(base=base.id, experts={"e": RecipeExpert(model=expert.id, default=1.0)}, policy=Policy(name="by hand"))
+    write_recipe(tmp_path / "recipe.yaml", made, {})
+    assert "expected one name in `architectures`" in str(run("emit", tmp_path / "recipe.yaml", "--as", "stock").exception)
+
+
+def test_one_model_under_two_names_is_not_for_mergekit(tmp_path: Path) -> None:
+    base = resolve(str(tiny_model(tmp_path / "base")))
+    expert = resolve(str(tiny_expert(base.path, tmp_path / "e", seed=1)))
+    experts = {name: RecipeExpert(model=expert.id, default=0.5) for name in ("one", "two")}
+    write_recipe(tmp_path / "recipe.yaml", Recipe(base=base.id, experts=experts, policy=Policy(name="by hand")), {})
+    assert "each model once" in str(run("emit", tmp_path / "recipe.yaml", "--as", "stock").exception)
+    assert not (tmp_path / "mergekit.yaml").exists()
+
+
+def test_nothing_is_written_beside_a_recipe_on_the_hub_or_in_a_model(tmp_path: Path) -> None:
+    """The Hub's cache is the Hub's, and a run may make its model anew."""
+    kept = tmp_path / "model" / "mechmerge" / "recipe.yaml"
+    kept.parent.mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for there in ("hf://datasets/owner/name/recipe.yaml", str(kept)):
+        for called in (["recipe", "emit", there, "--as", "stock"], ["export", there, "--as", "lora", "--rank", "2"]):
+            done = CliRunner().invoke(cli, called, standalone_mode=False)
+            assert isinstance(done.exception, click.UsageError)
+            assert "needs --out" in done.exception.message
+
+
+def test_others_may_read_masks(tmp_path: Path) -> None:
+    """As any new file."""
+    before = os.umask(0o022)
+    try:
+        write_recipe(tmp_path / "recipe.yaml", recipe(), {"first.head": np.zeros((LAYERS, UNITS["head"]), np.float32)})
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("recipe.yaml", "masks.safetensors")] == [0o644] * 2
 
 
 def test_magnitude_reads_norms_from_the_models_where_no_file_tells(

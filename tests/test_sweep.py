@@ -17,7 +17,10 @@ from mechmerge.pipeline.source import load_pipeline
 from mechmerge.pipeline.sweep import Sweep, expert_sets, parse_vary, run_sweep, subset, variants
 from tests.test_generation import Recorder
 from tests.test_pipeline import write_pipeline
+from tests.test_tune import small_suite
 from tests.tiny import tiny_expert
+
+GATE = {"model": "c", "rules": [{"metric": "short", "at_least": 0.0}]}
 
 
 def test_what_is_varied():
@@ -82,6 +85,45 @@ def test_combinations(pipeline):
     assert {v.name for v in own if v.policy == "task-arithmetic"} == {"sum_weight-0.3", "sum_weight-0.7"}
     assert [v.parameters for v in own if v.policy == "top"] == [{"budget": 0.5}], "what is not varied stays as it is"
     assert "random" not in {v.policy for v in own}
+
+
+def test_recipes_of_the_pipeline_stay_what_they_are(tmp_path, base, expert, second_expert) -> None:
+    """Their seeds, what they work within, and names of experts that are not in a set."""
+    recipes = {
+        "c": {"policy": "conflict", "parameters": {"strength.a": 0.9, "weight.loud": 2.0}},
+        "boxed": {"policy": "ties", "within": "c"},
+        "dare": {"policy": "dare-ties", "seeds": 2, "seed": 3},
+    }
+    path = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes=recipes, publish="c", gate=GATE)
+    plan = load_pipeline(path)
+    part, made = subset(plan, ("a", "b"), parse_vary(["experts=all"]))
+    assert [(v.name, v.seed, v.within) for v in made] == [
+        ("c", 0, None), ("boxed", 0, "c"), ("dare-3", 3, None), ("dare-4", 4, None)
+    ]  # fmt: skip
+    assert {name: (r.within, r.seed) for name, r in part.recipes.items()} == {v.name: (v.within, v.seed) for v in made}
+    varied = variants(plan, parse_vary(["strength.b=0.5,1"]))
+    assert [(v.name, v.within) for v in varied if v.policy == "ties"] == [
+        (f"boxed_strength.b-{s}_within-c_strength.b-{inner}", f"c_strength.b-{inner}") for inner in (0.5, 1) for s in (0.5, 1)
+    ]
+    alone, made = subset(plan, ("b",), parse_vary(["strength.a=0.5,1", "lambda=1,1.5"]))
+    assert list(alone.experts) == ["b"]
+    assert [v.parameters for v in made if v.policy == "conflict"] == [{}], "nothing of the expert that is not there"
+    assert [v.parameters for v in made if v.policy == "ties"] == [{"lambda": 1}, {"lambda": 1.5}]
+    for wrong in ("strength.nobody=0.5", "weight.quiet=2"):
+        with pytest.raises(InputError, match="is not among"):
+            subset(plan, ("a", "b"), parse_vary([wrong]))
+
+
+@pytest.mark.parametrize("suite", ["ifeval", "lm_eval:arc_easy"])
+def test_the_develop_split_has_no_test_suites(tmp_path, base, expert, second_expert, monkeypatch, suite) -> None:
+    evaluation = {"suites": [suite], "dtype": "float32", "batch": 4}
+    path = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes={"c": {"policy": "conflict"}},
+                          publish="c", evaluate=evaluation, gate=GATE)  # fmt: skip
+    official = small_suite().model_copy(update={"split": "official"})
+    monkeypatch.setattr("mechmerge.pipeline.sweep.suites_of", lambda *_: [official])
+    with pytest.raises(InputError, match=r"expected development prompts; found .* choose with --split test"):
+        run_sweep(path, parse_vary(["experts=all"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "it is refused before anything is measured"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from mechmerge.artifacts import read_document
 from mechmerge.cli.main import cli
@@ -97,11 +98,11 @@ def test_what_is_open() -> None:
     plan = RecipePlan(policy="top", parameters={"budget": 0.3})
     space = space_of(plan, ("a", "b"), ("x", "y"))
     assert [one.name for one in space] == ["overlap", "strength.a", "strength.b"], "what the recipe sets is closed"
-    assert untouched(space, plan) == {"overlap": "sum", "strength.a": 1.0, "strength.b": 1.0}
+    assert untouched(space, plan)[0] == {"overlap": "sum", "strength.a": 1.0, "strength.b": 1.0}
     opened = space_of(plan, ("a", "b"), ("x", "y"), ["budget=0.1:0.4", "overlap=sum,share"])
     assert [one.name for one in opened] == ["budget", "overlap", "strength.a", "strength.b"]
     assert (opened[0].low, opened[0].high, opened[1].choices) == (0.1, 0.4, ("sum", "share"))
-    assert untouched(opened, plan)["budget"] == 0.3
+    assert untouched(opened, plan)[0]["budget"] == 0.3
     conflict = space_of(RecipePlan(policy="conflict"), ("a",), ("x", "y", "z"))
     assert [one.name for one in conflict] == ["agreement", "certainty", "weight.y", "weight.z", "strength.a"]
     assert [one.name for one in space_of(RecipePlan(policy="ties"), ("a",), ("x",))] == ["density", "lambda"]
@@ -146,6 +147,17 @@ def test_strengths_multiply_what_the_policy_chose(tuned: tuple[Path, Tuning], pi
     ties = compile_recipe("ties", sources, parameters={"weight": 0.6, "strength.b": 0.5}).recipe
     assert [e.default for e in ties.experts.values()] == [0.6, 0.3]
     assert strengthened(plain.recipe, plain.masks, {}, None)[0].predicted is None, "no effects, no prediction"
+
+
+def test_a_seed_that_the_sampler_would_not_take_is_refused() -> None:
+    """numpy's older generators, which optuna and mergekit draw with, take 32 bits."""
+    TuneSettings(seed=2**32 - 1)
+    for seed in (2**32, -1):
+        with pytest.raises(ValidationError, match="seed"):
+            TuneSettings(seed=seed)
+    done = CliRunner().invoke(cli, ["tune", "pipeline.yaml", "--out", "out", "--seed", str(2**32)])
+    assert done.exit_code == 2
+    assert "is not in the range" in done.output
 
 
 # ---------------------------------------------------------------------------------------------------------- the test split

@@ -5,7 +5,7 @@
 For each seed of a family's experts, `mean` and `min` are those over its experts; what is reported is their average over seeds.
 
 Topics are shared by all seeds, models and (where suites share them) skills: a resample draws topics once for all of them, so
-differences are paired (cluster bootstrap: Davison and Hinkley 1997, §3.8; levels expanded as in evaluate/resampling.py). Where
+differences are paired (cluster bootstrap: Davison and Hinkley 1997, §3.8; levels expanded as in mechmerge/intervals.py). Where
 a role is played by several models (shuffles of a recipe), these are drawn as well; a handful that is drawn from itself varies
 too little, so what they add is enlarged to an unbiased variance, and on one seed by a t quantile. Seeds are few, and resampling
 three of them cannot leave their range; so their error is a t interval of its own, and the two are joined by adding the squares
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from mechmerge.evaluate.columns import Column
 from mechmerge.evaluate.record import Evaluation
-from mechmerge.evaluate.resampling import TAIL, Layout, levels
+from mechmerge.evaluate.resampling import Layout
 from mechmerge.evaluate.statistics import Interval
 from mechmerge.evaluate.suites import Suite
+from mechmerge.intervals import TAIL, levels
 
 Array = NDArray[np.float64]
 Answers = Mapping[str, Column]

@@ -3,7 +3,7 @@
 HOME/settings.json                        what every unit here depends on: other settings are refused
 HOME/calls.jsonl                          the calls that worked here, with their commits (calls.py)
 HOME/experts/TRAINING-SEED/               adapters, with their logs beside them
-HOME/FAMILY/seed-N/                       effects, rounds, scores, and recipes/ARM/ with refusals
+HOME/FAMILY/seed-N/                       effects, rounds, scores, and recipes/ARM/ with notes and refusals
 HOME/evaluations/SPLIT/NAME.json          one model each, NAME = FAMILY.SEED.ARM; samples/ beside them
 HOME/scratch/                             merges while they are evaluated
 
@@ -277,6 +277,8 @@ class Study:
                 write_json(refused, str(error))
                 raise
             refused.unlink(missing_ok=True)
+            if compiled.notes:
+                write_json(out.with_name("notes.json"), compiled.notes)
             write_recipe(out, compiled.recipe, compiled.masks)
         return out
 

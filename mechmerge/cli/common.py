@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,8 +21,20 @@ if TYPE_CHECKING:
     from mechmerge.localize.plan import Plan
 
 
-SEED = click.IntRange(0, 2**63 - 1)
+SEED = click.IntRange(0, 2**32 - 1)
 """As `artifacts.MOST_SEED` says; importing that takes longer than printing a help text may."""
+
+
+def check_beside(recipe: str) -> None:
+    """Checks that something can be written beside a recipe: not in the Hub's cache, nor in a model that `run` may make anew."""
+    from mechmerge.models.hub_files import is_hub_reference
+    from mechmerge.recipe.schema import FOLDER
+
+    if is_hub_reference(recipe):
+        raise click.UsageError("A recipe on the Hub needs --out.")
+    place = Path(recipe).absolute().parent
+    if place.name == FOLDER and any((place.parent / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise click.UsageError("A recipe inside a model needs --out.")
 
 
 def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:

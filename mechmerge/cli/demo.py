@@ -20,8 +20,8 @@ from mechmerge.cli.run import show_result
 def command(out: Path, device: str, threads: int | None, quiet: bool, output: str) -> None:
     """Run the whole pipeline on SmolLM2-135M and two experts that wreck each other when summed.
 
-    Takes up to 30 minutes on two cores the first time; a second call reuses what is there. The gate's verdict is printed
-    and does not change the exit code, unlike `mechmerge run`.
+    Takes half an hour or a little more on two cores the first time; a second call reuses what is there. The gate's verdict is
+    printed and does not change the exit code, unlike `mechmerge run`.
     """
     from mechmerge.pipeline.demo import demo_folder
     from mechmerge.pipeline.run import run_pipeline

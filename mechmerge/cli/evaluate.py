@@ -71,7 +71,11 @@ def table_options(function: Any) -> Any:
 @click.option("--data", type=click.Path(path_type=Path, dir_okay=False),
               help="The prompts of ifeval or ifbench (default: the official ones).")  # fmt: skip
 @click.option(
-    "--split", type=click.Choice(["test", "develop"]), default="test", show_default=True, help="Prompts of the built-in suites."
+    "--split",
+    type=click.Choice(["test", "develop"]),
+    default="test",
+    show_default=True,
+    help="Prompts of formats, arithmetic and code (others have no splits).",
 )
 @click.option(
     "--tier", "tiers", multiple=True, type=click.Choice(["seen", "unseen", "hard"]), help="Only prompts of this tier; repeat."

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, quiet_option, set_threads, show, threads_option
-from mechmerge.models.hub_files import is_hub_reference
+from mechmerge.cli.common import check_beside, format_option, make_progress, quiet_option, set_threads, show, threads_option
 
 if TYPE_CHECKING:
     from mechmerge.merge.export import Export
@@ -48,8 +47,8 @@ def command(
         raise click.UsageError("--as lora needs --rank.")
     if form == "expert" and (rank is not None or expert is None):
         raise click.UsageError("--as expert takes --expert NAME and no --rank.")
-    if out is None and is_hub_reference(recipe):
-        raise click.UsageError("A recipe on the Hub needs --out.")
+    if out is None:
+        check_beside(recipe)
     from mechmerge.cli.models import open_folders
     from mechmerge.merge.engine import merge
     from mechmerge.merge.export import export_lora

@@ -55,7 +55,11 @@ if TYPE_CHECKING:
 @click.option("--integrate", type=click.IntRange(0, 64), default=0, show_default=True, metavar="M",
               help="Screen along M steps of the path from base to expert, each a screen's cost (0: at the base).")  # fmt: skip
 @click.option(
-    "--prompts", type=click.IntRange(2), default=12, show_default=True, help="Held-out prompts that scores are measured on."
+    "--prompts",
+    type=click.IntRange(2),
+    default=12,
+    show_default=True,
+    help="Topics that scores are measured on, and as many that make the anchor.",
 )
 @click.option(
     "--steering-prompts", type=click.IntRange(0), default=8, show_default=True, help="Prompts of the steering check (0: none)."
@@ -100,7 +104,7 @@ def command(
     controls is labelled so.
     """
     from mechmerge.artifacts import parse_document
-    from mechmerge.behaviors.schema import load_behavior
+    from mechmerge.behaviors.schema import load_group
     from mechmerge.localize.plan_steps import plan_localize
     from mechmerge.localize.roles import RoleThresholds
     from mechmerge.localize.scores import read_scores
@@ -109,7 +113,7 @@ def command(
     from mechmerge.models.references import resolve
     from mechmerge.models.sides import note_differences
 
-    loaded = [load_behavior(name) for name in behaviors]
+    loaded = [behavior for name in behaviors for behavior in load_group(name)]
     set_threads(threads)
     progress = make_progress(quiet)
     roles = parse_document(RoleThresholds, named_numbers(thresholds, "--role-threshold"), "--role-threshold")

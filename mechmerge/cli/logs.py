@@ -9,7 +9,12 @@ from mechmerge.cli.remote import connect, exit_code, follow, line_of, server_opt
 
 @click.command()
 @click.argument("job")
-@click.option("--follow", "wait", is_flag=True, help="Go on until the job ends; the exit code is that of `mechmerge run`.")
+@click.option(
+    "--follow",
+    "wait",
+    is_flag=True,
+    help="Go on until the job ends; exit code 3 where its gate refused, 1 where it failed or was cancelled.",
+)
 @server_option
 def command(job: str, wait: bool, server: str) -> int:
     """Print what happened to a JOB of a server."""

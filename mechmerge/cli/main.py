@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "card": ("card", "Write the model card of a run."),
     "publish": ("publish", "Publish a merge on the Hugging Face Hub: gated, staged, verified."),
     "publish-scores": ("publish_scores", "Publish score, effect and rounds files as a data set on the Hub."),
-    "report": ("report", "Draw the heat maps and the Markdown summary of a run."),
+    "report": ("report", "Draw the heat maps of a run, its Markdown summary and its page."),
     "serve": ("serve", "Serve pipelines to a team: a job queue with an HTTP API."),
     "submit": ("submit", "Queue a pipeline file on a server."),
     "jobs": ("jobs", "List the jobs of a server."),

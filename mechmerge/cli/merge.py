@@ -19,7 +19,8 @@ from mechmerge.cli.common import format_option, make_progress, quiet_option, set
 @click.option("--engine", type=click.Choice(["auto", "direct", "mergekit"]), default="auto", show_default=True,
               help="Our direct writer (recipes of coefficients), mergekit (any recipe), or direct where possible.")  # fmt: skip
 @click.option("--verify/--no-verify", "check", default=True,
-              help="Verify the written model before it appears: every tensor, its files, and that it generates.")  # fmt: skip
+              help="Verify the written model before it appears: every tensor (of mergekit's own methods: that it is"
+                   " there and finite), its files, and that it generates.")  # fmt: skip
 @threads_option
 @quiet_option
 @format_option
@@ -44,12 +45,12 @@ def command(
     folders = open_folders(models)
     from mechmerge.merge.engine import Engine, merge
     from mechmerge.models.hub_files import local_file
-    from mechmerge.recipe.schema import read_recipe
+    from mechmerge.recipe.schema import KEPT, read_recipe
 
     set_threads(threads)
     progress = make_progress(quiet)
     merge(local_file(recipe, progress), out, folders, progress, expert, engine=cast(Engine, engine), check=check)
-    written, _ = read_recipe(out / "recipe.yaml")
+    written, _ = read_recipe(out / KEPT)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
     row = {"model": str(out), "policy": written.policy.name, "experts": ", ".join(written.experts), "dtype": written.out_dtype}
     show([row | {"MB": round(size, 1)}], output, "merged")

@@ -69,8 +69,8 @@ class CommandWithOthers(click.Command):
     "--scale", type=click.Choice(["rank", "share"]), help="weighted: coefficients by rank or in proportion to scores."
 )
 @click.option("--weight", "weights", multiple=True, metavar="[NAME=]W",
-              help="conflict: weight of a behaviour, as NAME=W; baselines: weight of every expert, as W"
-                   " (linear, ties and della divide by it).")  # fmt: skip
+              help="conflict: weight of a behaviour, as NAME=W; baselines but sce and model-stock: weight of every"
+                   " expert, as W (linear, ties and della divide by it).")  # fmt: skip
 @click.option(
     "--weighting", type=click.Choice(["own-gain", "equal"]), help="conflict: divide weights by the own expert's gain or not."
 )
@@ -105,8 +105,16 @@ class CommandWithOthers(click.Command):
 @click.option("--seed", type=SEED, default=0, show_default=True,
               help="random, dare-ties, della: seed of what is drawn.")  # fmt: skip
 @click.option("--out-dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
-@click.option("--emit", type=FORM, help="Write mergekit YAML too, as mergekit.yaml beside the recipe (later: `recipe emit`).")
-@click.option("--model", "models", multiple=True, metavar="NAME=MODEL", help="Where a model lies, for --emit and magnitude.")
+@click.option(
+    "--emit", type=FORM, help="Write mergekit YAML too, as [NAME.]mergekit.yaml beside the recipe (later: `recipe emit`)."
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Where a model lies, for --emit, magnitude and --match-norms.",
+)
 @pair_options
 @threads_option
 @quiet_option

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mechmerge.cli.common import format_option, make_progress, show
-from mechmerge.models.hub_files import is_hub_reference
+from mechmerge.cli.common import check_beside, format_option, make_progress, show
 
 if TYPE_CHECKING:
     from mechmerge.progress import Progress
@@ -40,13 +39,13 @@ def emitted(
     Raises:
         InputError: a tensor would have to be cut, or a plain mergekit cannot run the architecture.
     """
-    from mechmerge.merge.engine import open_models
+    from mechmerge.merge.engine import open_models, paths_for_mergekit
     from mechmerge.merge.tools import check_plain
     from mechmerge.recipe.coefficients import coefficients
     from mechmerge.recipe.emit import emit_baseline, emit_masked, emit_stock
 
     base, experts = open_models(recipe, folders)
-    paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
+    paths = paths_for_mergekit(base, experts)
     if recipe.mergekit is not None and recipe.policy.seed is not None:
         progress.note(f"mergekit draws anew unless told: mergekit-yaml --random-seed {recipe.policy.seed}")
     check_plain(base)
@@ -62,7 +61,7 @@ def emitted(
 @click.option("--as", "form", type=FORM, required=True,
               help="stock: for any mergekit 0.1.5; masked: for `mechmerge mergekit yaml`, with our method.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
-              help="The YAML file (default: mergekit.yaml beside the recipe).")  # fmt: skip
+              help="The YAML file (default: mergekit.yaml, or NAME.mergekit.yaml, beside the recipe NAME.yaml).")  # fmt: skip
 @click.option("--model", "models", multiple=True, metavar="NAME=MODEL",
               help="Where a model lies: base, an expert's name or its reference (default: where it last was).")  # fmt: skip
 @format_option
@@ -71,8 +70,8 @@ def emit(recipe: str, form: Form, out: Path | None, models: tuple[str, ...], out
 
     A recipe is stock where no tensor is cut: all heads, KV groups and neurons of a module have one coefficient.
     """
-    if out is None and is_hub_reference(recipe):
-        raise click.UsageError("A recipe on the Hub needs --out.")
+    if out is None:
+        check_beside(recipe)
     from mechmerge.artifacts import write_text
     from mechmerge.cli.models import open_folders
     from mechmerge.models.hub_files import local_file

@@ -193,18 +193,17 @@ def summary(
     from mechmerge.recipe.sources import effects_of
 
     parameters = recipe.parameters or sizes or (effects.metadata.parameters if effects is not None else {})
-    rows = shares(recipe, masks, parameters)
+    shapes = {**(told or {}), **effect_shapes(effects), **mask_shapes(masks)}
+    found = resolved(recipe, masks, shapes) if has_coefficients(recipe) and set(UNIT_KINDS) <= shapes.keys() else None
+    rows = shares(recipe, masks, parameters, found)
     tables = {f"recipe {recipe.policy.name}": rows}
     if recipe.rules:
         tables["rules (the most specific decides)"] = rule_rows(recipe)
-    shapes = {**(told or {}), **effect_shapes(effects), **mask_shapes(masks)}
     # A recipe made like another one has that one's names, and may have its experts.
     effects = None if effects is None else effects_of(recipe, effects)
-    found = None
     if not has_coefficients(recipe):
         tables["by depth"] = depth_rows(recipe, None, {})
-    elif set(UNIT_KINDS) <= shapes.keys():
-        found = resolved(recipe, masks, shapes)
+    elif found is not None:
         if parameters:
             for row, (taken, whole) in zip(rows, parameters_of(recipe, found, parameters).values(), strict=True):
                 row["parameters"] = f"{taken:,.0f} of {whole:,}"

@@ -87,7 +87,7 @@ def follow(client: Client, id: str, say: Callable[[str], None]) -> dict[str, Any
 
 
 def exit_code(job: dict[str, Any]) -> int:
-    """The exit code of a job that has ended: as `mechmerge run` gives it."""
+    """The exit code of a job that has ended: 3 where its gate refused, 1 where it failed or was cancelled."""
     if job["state"] != "done":
         return 1
     return 3 if (job["result"] or {}).get("gate") == "refused" else 0

@@ -18,8 +18,8 @@ def command(pipeline: Path, priority: int | None, wait: bool, server: str) -> in
     """Queue a PIPELINE file, as `mechmerge run` takes it, on a server, and print the job's id.
 
     Behaviour files, suites and data that it names are sent along. Models are not: a folder is named to the server by its
-    absolute path, and must be one that the server sees and allows. With --follow the exit code is that of `mechmerge run`: 3
-    where the gate refused, 1 where the job failed or was cancelled.
+    absolute path, and must be one that the server sees and allows. With --follow the exit code is 3 where
+    the gate refused, 1 where the job failed or was cancelled.
     """
     with connect(server) as client:
         from mechmerge.service.client import bundle

@@ -22,12 +22,13 @@ from mechmerge.cli.common import (
 @click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--vary", "varied", multiple=True, required=True, metavar="NAME=VALUE,VALUE…[,NAME=…]",
-    help="policy, experts (all, pairs, subsets, A+B) or a policy's parameter, such as budget; repeat for more.",
+    help="policy, experts (all, pairs, subsets, A+B), seeds=N or a policy's parameter, such as budget; repeat for more.",
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The sweep's folder.")
 @click.option(
     "--split", type=click.Choice(["develop", "test"]), default="develop", show_default=True,
-    help="Prompts of the built-in suites. Ranking is choosing: the test split is for what was chosen.",
+    help="Prompts of formats, arithmetic and code. Ranking is choosing: the test split is for what was chosen, and develop"
+    " refuses ifeval, ifbench and tasks of lm-eval. A file has no splits.",
 )  # fmt: skip
 @device_option
 @threads_option
@@ -39,8 +40,8 @@ def command(
     """Merge and evaluate every combination of experts, policies and parameters of a PIPELINE, ranked by its gate.
 
     For example `--vary policy=conflict,ties,density=0.2,0.5 --vary experts=pairs,all`. A parameter is varied for the
-    policies that have it (what rounds are measured with is the pipeline's). Nothing is made twice: localization, equal
-    merges and their answers are shared, and a sweep that was interrupted goes on when it is called again.
+    policies that have it (what rounds are measured with is the pipeline's). Localization is made once, equal weights
+    share their answers, and a sweep that was interrupted goes on when it is called again.
     """
     from mechmerge.pipeline.sweep import parse_vary, run_sweep
 

@@ -58,8 +58,9 @@ def command(
     """Search what a recipe of PIPELINE leaves open: budget, strengths of the experts, overlap rule, weights of behaviours.
 
     Merges are tried in memory on prompts of the develop split; the test split is never asked (a suite from a file has no
-    splits: its prompts are development prompts from then on). The first trials are those
-    that the effect matrix predicts to be best; then optuna's TPE chooses. A search that was interrupted goes on when it
+    splits: its prompts are development prompts from then on). The first trial is the
+    policy as it is; the next five are those that the effect matrix, where there is one, predicts to be best; then optuna's TPE
+    chooses. A search that was interrupted goes on when it
     is called again, and --trials may be raised.
     """
     from mechmerge.pipeline.tune import tune

@@ -165,7 +165,8 @@ def check_gate(
             of others.
 
     Raises:
-        InputError: a rule names no model, and neither the gate nor the caller does; weights of a model that no rule is about.
+        InputError: a rule names no model, and neither the gate nor the caller does; the gate pins weights of a model that no
+            rule is about.
     """
     results = []
     for number, rule in enumerate(gate.rules):

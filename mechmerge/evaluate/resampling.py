@@ -1,4 +1,4 @@
-"""What intervals are computed from: sums by cluster, resampled means, expanded levels, score intervals (see statistics.py)."""
+"""What intervals are computed from: sums by cluster, resampled means, score intervals (see statistics.py)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechmerge.evaluate.columns import Column
+from mechmerge.intervals import TAIL
 
 Array = NDArray[np.float64]
-TAIL = 0.025
-"""What a 95 % interval leaves out on either side."""
 KEPT = 4_000_000
 """Weights (of 8 bytes) that are worth keeping: metrics over the same clusters, and all their pairs, have the same resamples."""
 
@@ -67,16 +66,6 @@ def _weights(held: int, drawn: int, seed: int, resamples: int) -> Array:
     found = np.random.default_rng(seed).multinomial(drawn, np.full(held, 1 / held), size=resamples).astype(np.float64)
     found.flags.writeable = False
     return found
-
-
-def levels(clusters: int, tail: float = TAIL) -> tuple[float, float]:
-    """Expanded levels of the percentile interval for so many clusters."""
-    from scipy.special import ndtr, stdtrit
-
-    if clusters == 1:
-        return 0.0, 1.0
-    expanded = float(ndtr(np.sqrt(clusters / (clusters - 1)) * stdtrit(clusters - 1, tail)))
-    return expanded, 1 - expanded
 
 
 def wilson(layout: Layout, values: Array, units: float, clusters: int, tail: float = TAIL) -> tuple[float, float]:

@@ -4,12 +4,11 @@ Answers to prompts of one topic, and instructions of one prompt, are not indepen
 bootstrap: Davison and Hinkley, Bootstrap Methods and their Application, 1997, §3.8). Models are compared on the same resamples.
 
 A percentile interval of few clusters, or of few units that differ, is too narrow: in `benchmarks/statistics_check.py` it covers
-.84 … .91 at 12 topics, and a gate on its lower end accepted one difference too many in seven. So its levels are expanded (t
-quantiles and n/(n − 1): Hesterberg, What Teachers Should Know About the Bootstrap, 2015, §3.3, https://arxiv.org/abs/1411.5279),
-and no end lies nearer than that of a score interval: Wilson's (1927) for a rate, Newcombe's (Statistics in Medicine 17,
-2635-2650, 1998, method 10) for a paired difference, both with the effective number of units that clusters leave (the design
-effect: Korn and Graubard 1998). Where all pass or all fail, or no unit differs, the interval is the exact binomial one over
-clusters (Clopper and Pearson), each counted once.
+.84 … .91 at 12 topics, and a gate on its lower end accepted one difference too many in seven. So its levels are expanded
+(mechmerge/intervals.py), and no end lies nearer than that of a score interval: Wilson's (1927) for a rate, Newcombe's
+(Statistics in Medicine 17, 2635-2650, 1998, method 10) for a paired difference, both with the effective number of units that
+clusters leave (the design effect: Korn and Graubard 1998). Where all pass or all fail, or no unit differs, the interval is the
+exact binomial one over clusters (Clopper and Pearson), each counted once.
 
 Exact McNemar: https://doi.org/10.1007/BF02295996. Sign flips of clusters: Good, Permutation Tests, 2000, §3.2, with the
 (b + 1)/(m + 1) rule of Phipson and Smyth (https://arxiv.org/abs/1603.05766). Holm: https://www.jstor.org/stable/4615733.
@@ -24,7 +23,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mechmerge.evaluate.columns import Column
-from mechmerge.evaluate.resampling import TAIL, Array, Layout, exact, levels, newcombe, wilson
+from mechmerge.evaluate.resampling import Array, Layout, exact, newcombe, wilson
+from mechmerge.intervals import TAIL, levels
 
 EXACT_FLIPS = 14
 """Up to so many clusters that differ, all their sign flips are enumerated."""

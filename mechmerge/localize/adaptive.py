@@ -30,6 +30,7 @@ import numpy as np
 
 from mechmerge.artifacts import Document
 from mechmerge.errors import LocalizeError
+from mechmerge.intervals import levels
 from mechmerge.localize.residual_law import ResidualLaw, most_left
 
 Array = np.ndarray
@@ -302,11 +303,8 @@ class _Search:
         return np.asarray(times @ (values @ member).T / (times @ member.sum(0))[:, None])
 
     def _tail(self, tail: float) -> float:
-        """A quantile's level, expanded for the number of topics (the bootstrap's variance is too small, and t is wider)."""
-        from scipy.special import ndtr, stdtrit
-
-        topics = len(self._groups(self.rows[0].shape[1])[1])
-        return float(ndtr(np.sqrt(topics / (topics - 1)) * stdtrit(topics - 1, tail)))
+        """A quantile's level, expanded for the number of topics."""
+        return levels(len(self._groups(self.rows[0].shape[1])[1]), tail)[0]
 
     def _zone(self) -> float:
         means = self._means()

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mechmerge.intervals import levels, t_half
 from mechmerge.localize.scores import AnchorRecord
 
 Array = np.ndarray
@@ -140,7 +141,8 @@ def mean_low(values: Array, topics: Sequence[str] | None, seed: int, resamples: 
         resamples: how many.
 
     Returns:
-        The 2.5 % quantile. One topic bounds nothing: then it is not above 0, whatever the values.
+        The 2.5 % quantile at the level for so few topics, or the t interval's end where that is lower (mechmerge/intervals.py).
+        One topic bounds nothing: then it is not above 0, whatever the values.
     """
     topic = _numbered(topics, len(values))
     drawn = int(topic.max()) + 1
@@ -150,7 +152,8 @@ def mean_low(values: Array, topics: Sequence[str] | None, seed: int, resamples: 
     np.add.at(sums, topic, values)
     np.add.at(sizes, topic, 1)
     picks = np.random.default_rng(seed).integers(0, drawn, (resamples, drawn))
-    return float(np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), 0.025))
+    low = float(np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), levels(drawn)[0]))
+    return min(low, float(values.mean()) - t_half(drawn, float(standard_error(values, topics))))
 
 
 def standard_error(values: Array, topics: Sequence[str] | None, weights: Array | None = None) -> Array:

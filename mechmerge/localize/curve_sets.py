@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator
 
+from mechmerge.intervals import levels, t_half
 from mechmerge.localize.curve_record import Lift
 from mechmerge.localize.scores import ScoreFile
 from mechmerge.models.components import UNIT_KINDS
@@ -104,10 +105,10 @@ def area(curves: Array) -> Array:
 def advantage(differences: Array, weights: Array, topics: Sequence[str], seed: int, resamples: int = 2000) -> Lift:
     """Σ differences / Σ weights over the prompts, mean over the control orders, with its 95 % interval.
 
-    Two things vary: the prompts (bootstrap of paired differences; topics are drawn with all their prompts) and, with several
-    control orders, the luck of a draw: a score that means nothing is one more random order, and differs from the mean of k
-    others by s·√(1 + 1/k) (a t interval with k − 1 degrees of freedom; s, the standard deviation between the orders). The two
-    half widths are added in quadrature.
+    Two things vary: the prompts (bootstrap of paired differences over whole topics; for few of them see mechmerge/intervals.py)
+    and, with several control orders, the luck of a draw: a score that means nothing is one more random order, and differs from
+    the mean of k others by s·√(1 + 1/k) (a t interval with k − 1 degrees of freedom; s, the standard deviation between the
+    orders). The two half widths are added in quadrature.
 
     Args:
         differences: score less control (positive: the score is better), [control orders, n].
@@ -120,8 +121,13 @@ def advantage(differences: Array, weights: Array, topics: Sequence[str], seed: i
     names, where = np.unique(np.array(topics), return_inverse=True)
     sizes, sums = np.bincount(where, weights), np.bincount(where, differences.mean(0))
     picks = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
-    low, high = np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), (0.025, 0.975))
+    low, high = map(float, np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), levels(len(names))))
     orders = differences.sum(1) / weights.sum()
-    value, k = float(orders.mean()), len(orders)
+    value, k, n = float(orders.mean()), len(orders), len(names)
+    if n == 1:  # bounds nothing
+        low, high = min(low, 0.0), max(high, 0.0)
+    else:
+        half = t_half(n, float(np.sqrt(n / (n - 1) * np.square(sums - value * sizes).sum()) / sizes.sum()))
+        low, high = min(low, value - half), max(high, value + half)
     luck = float(t.ppf(0.975, k - 1) * orders.std(ddof=1) * np.sqrt(1 + 1 / k)) if k > 1 else 0.0
     return Lift(value=value, low=value - float(np.hypot(value - low, luck)), high=value + float(np.hypot(high - value, luck)))

@@ -26,11 +26,10 @@ from mechmerge.models.references import Model, ModelId, find
 from mechmerge.progress import SILENT, Progress
 from mechmerge.recipe.coefficients import Coefficients, coefficients
 from mechmerge.recipe.emit import emit_baseline, emit_masked
-from mechmerge.recipe.schema import Array, Masks, Recipe, read_recipe, write_recipe
+from mechmerge.recipe.schema import KEPT, Array, Masks, Recipe, read_recipe, write_recipe
 
 Engine = Literal["auto", "direct", "mergekit"]
 """`direct`: our writer, for recipes of coefficients; `mergekit`: its executor, for any; `auto`: direct where possible."""
-RECIPE_NAME = "recipe.yaml"
 
 
 def merge(
@@ -43,7 +42,7 @@ def merge(
     engine: Engine = "auto",
     check: bool = True,
 ) -> None:
-    """Merges: writes the model that a recipe describes to `out`, with the recipe and its masks beside the weights.
+    """Merges: writes the model that a recipe describes to `out`, with the recipe and its masks in the folder `mechmerge` there.
 
     Nothing is written where `out` already holds the model of this recipe; it is verified there.
 
@@ -153,24 +152,36 @@ def _through_mergekit(
 ) -> None:
     from mechmerge.merge.executor import execute
 
+    paths = paths_for_mergekit(base, experts)
+    plain = recipe.mergekit is not None and not recipe.mergekit.within
+    text = emit_baseline(recipe, paths) if plain else emit_masked(recipe, partial / KEPT, paths)
+    with one_thread():
+        execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+
+
+def paths_for_mergekit(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> dict[str, Path]:
+    """Folders by name, `base` among them.
+
+    Raises:
+        InputError: two experts are one model.
+    """
     paths = {"base": base.folder} | {name: checkpoint.folder for name, checkpoint in experts.items()}
     for one, other in combinations(experts, 2):
         if paths[one] == paths[other]:
             raise InputError(f"experts {one} and {other}", expected="each model once, as mergekit wants it",
                              found=f"{paths[one]} twice")  # fmt: skip
-    plain = recipe.mergekit is not None and not recipe.mergekit.within
-    text = emit_baseline(recipe, paths) if plain else emit_masked(recipe, partial / RECIPE_NAME, paths)
-    with one_thread():
-        execute(text, base, list(experts.values()), partial, recipe.policy.seed, progress)
+    return paths
 
 
 def keep_recipe(recipe_file: Path, recipe: Recipe, masks: Masks, folder: Path, *, restricted: bool) -> Recipe:
-    """Lays the recipe that is carried out beside what it makes: the file itself, or, `restricted`, that of one expert."""
+    """Keeps the recipe with what it makes (`KEPT`): the file itself, or, `restricted`, that of one expert."""
+    kept = folder / KEPT
+    kept.parent.mkdir()
     if restricted:
-        return write_recipe(folder / RECIPE_NAME, recipe, masks)
-    shutil.copyfile(recipe_file, folder / RECIPE_NAME)
+        return write_recipe(kept, recipe, masks)
+    shutil.copyfile(recipe_file, kept)
     if recipe.masks is not None:
-        shutil.copyfile(recipe_file.with_name(recipe.masks.file), folder / recipe.masks.file)
+        shutil.copyfile(recipe_file.with_name(recipe.masks.file), kept.with_name(recipe.masks.file))
     return recipe
 
 
@@ -198,7 +209,7 @@ def _done(recipe_file: Path, recipe: Recipe, masks: Masks, out: Path, restricted
     """Whether `out` is the finished model of this recipe; something else there is an error."""
     if is_new(out):
         return False
-    there = out / RECIPE_NAME
+    there = out / KEPT
     if there.is_file() and (out / "config.json").is_file():
         if not restricted:
             same = there.read_bytes() == recipe_file.read_bytes()
@@ -207,7 +218,7 @@ def _done(recipe_file: Path, recipe: Recipe, masks: Masks, out: Path, restricted
             same = to_yaml(others.model_copy(update={"masks": None})) == to_yaml(recipe) and (
                 {n: m.tobytes() for n, m in other_masks.items()} == {n: m.tobytes() for n, m in masks.items()}
             )
-        if same and (recipe.masks is None or (out / recipe.masks.file).is_file()):
+        if same and (recipe.masks is None or there.with_name(recipe.masks.file).is_file()):
             Checkpoint(out).check_complete()
             return True
     raise InputError(

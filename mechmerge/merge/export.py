@@ -6,7 +6,7 @@ LoRA (https://arxiv.org/abs/2106.09685) has no word for the rest, so it is carri
 embeddings that change by `modules_to_save`, biases by `bias: all`; an untied head is a linear layer like any other.
 
 OUT/adapter_config.json  adapter_model.safetensors     the adapter, float32
-OUT/recipe.yaml [masks]                                what it was made from
+OUT/mechmerge/recipe.yaml [masks]                      what it was made from
 OUT/export.json                                        rank and error of every tensor, and what is carried whole
 """
 
@@ -26,7 +26,7 @@ from mechmerge.artifacts import Document, atomic_folder, drop_lock, is_new, lock
 from mechmerge.errors import InputError, MechmergeError
 from mechmerge.merge.arithmetic import one_thread
 from mechmerge.merge.delta import summed_delta
-from mechmerge.merge.engine import RECIPE_NAME, keep_recipe, lock_of, open_models, restrict
+from mechmerge.merge.engine import keep_recipe, lock_of, open_models, restrict
 from mechmerge.merge.lowrank import How, factorise
 from mechmerge.models.adapters import CONFIG, WEIGHTS, adapter_digests
 from mechmerge.models.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from mechmerge.models.load import quiet
 from mechmerge.models.references import ModelId
 from mechmerge.progress import SILENT, Progress, track
 from mechmerge.recipe.coefficients import Owners, coefficients, owners_of
-from mechmerge.recipe.schema import Masks, Recipe, read_recipe
+from mechmerge.recipe.schema import KEPT, Masks, Recipe, read_recipe
 from mechmerge.versions import versions
 
 EXPORT_NAME = "export.json"
@@ -63,7 +63,7 @@ class Export(Document):
 
     schema_version: Literal[1] = 1
     recipe: str = Field(pattern="^[0-9a-f]{64}$")
-    """sha256 of the recipe.yaml beside it."""
+    """sha256 of the recipe that is kept with it."""
     source: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of the recipe that it was made from; another one where only one expert was taken."""
     base: ModelId
@@ -171,7 +171,7 @@ def _written(
     _write(adapter, _config(adapter, recipe, base), partial)
     check_adapter(partial, base)
     export = Export(
-        recipe=sha256_file(partial / RECIPE_NAME),
+        recipe=sha256_file(partial / KEPT),
         source=source,
         base=recipe.base,
         experts={name: entry.model for name, entry in recipe.experts.items()},
@@ -193,7 +193,8 @@ def _done(out: Path, source: str, experts: tuple[str, ...], rank: int) -> Export
     if (out / EXPORT_NAME).is_file():
         export = read_document(Export, out / EXPORT_NAME)
         same = (export.source, tuple(export.experts), export.rank) == (source, experts, rank)
-        if same and export.adapter == adapter_digests(out) and export.recipe == sha256_file(out / RECIPE_NAME):
+        kept = out / KEPT
+        if same and export.adapter == adapter_digests(out) and kept.is_file() and export.recipe == sha256_file(kept):
             return export
     raise InputError(
         str(out), expected="a new folder, or the adapter of this very recipe", found="something else", fix="name another"

@@ -54,7 +54,14 @@ def check_plain(base: Checkpoint) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-    known, there = arch_info_for_config(config), {*base.entries, *base.stored.values()}
+    try:
+        known = arch_info_for_config(config)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"{base.folder / 'config.json'}", expected="one name in `architectures`, as mergekit wants it",
+            found=str(config.architectures), fix="merge it with `mechmerge merge`",
+        ) from None  # fmt: skip
+    there = {*base.entries, *base.stored.values()}
     for weight in known.all_weights(config) if known is not None else ():
         if not weight.optional and not {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())} & there:
             raise InputError(

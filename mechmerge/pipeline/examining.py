@@ -50,12 +50,13 @@ class _Part(NamedTuple):
     """Where they stand among all suites' prompts."""
 
 
-def check_development(suites: Sequence[Suite], names: Sequence[str] = ()) -> None:
+def check_development(suites: Sequence[Suite], names: Sequence[str] = (), fix: str = "name other suites with --suite") -> None:
     """What is chosen is chosen on development prompts.
 
     Args:
         suites: what is to be asked.
         names: names of suites as they were given, tasks of lm-eval among them.
+        fix: what to do about it.
 
     Raises:
         InputError: a task of lm-eval, or a suite whose prompts are for testing.
@@ -63,15 +64,11 @@ def check_development(suites: Sequence[Suite], names: Sequence[str] = ()) -> Non
     for name in names:
         if is_task(name):
             raise InputError(
-                f"suite {name}", expected="development prompts", found="a benchmark's task, which is for testing",
-                fix="name other suites with --suite",
-            )  # fmt: skip
+                f"suite {name}", expected="development prompts", found="a benchmark's task, which is for testing", fix=fix
+            )
     for suite in suites:
         if suite.split not in SPLITS:
-            raise InputError(
-                f"suite {suite.name}", expected="development prompts", found=f"the split {suite.split}",
-                fix="name other suites with --suite",
-            )  # fmt: skip
+            raise InputError(f"suite {suite.name}", expected="development prompts", found=f"the split {suite.split}", fix=fix)
 
 
 class Examiner:

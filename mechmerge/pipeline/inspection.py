@@ -20,7 +20,7 @@ from mechmerge.models.positions import positions_of
 from mechmerge.models.references import Model, resolve
 from mechmerge.pipeline.sweep import Sweep
 from mechmerge.progress import SILENT, Progress
-from mechmerge.recipe.schema import read_recipe
+from mechmerge.recipe.schema import KEPT, read_recipe
 from mechmerge.report.files import find_run_files
 from mechmerge.report.inspection import Inspection, Rows, fact_rows, inspect_file
 
@@ -153,8 +153,8 @@ def _has_template(folder: Path) -> bool:
 
 
 def _policy_of(folder: Path) -> str | None:
-    """The policy of the recipe beside a merged model."""
-    path = folder / "recipe.yaml"
+    """The policy of the recipe that a merged model keeps."""
+    path = folder / KEPT
     return read_recipe(path)[0].policy.name if path.is_file() else None
 
 

@@ -39,7 +39,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "model-stock": ("filter_wise",),
 }
 """What each policy may be told; `weight.NAME` is a behaviour's weight in `conflict`, `limit.NAME` a limit of its damage in
-`solve`. All take `strength.EXPERT`, which multiplies an expert's coefficients.
+`solve`. All but sce and model-stock take `strength.EXPERT`, which multiplies an expert's coefficients.
 """
 
 
@@ -142,11 +142,11 @@ class EvaluatePlan(Document):
     """What is generated and judged."""
 
     suites: tuple[str, ...] = Field(min_length=1)
-    """Built-in suites or files, relative to the pipeline's."""
+    """Built-in suites, `lm_eval:TASK`, or files, relative to the pipeline's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch: int = Field(default=24, ge=1)
     split: Literal["test", "develop"] = "test"
-    """Prompts of the built-in suites; what is chosen is chosen on `develop`."""
+    """Prompts of formats, arithmetic and code (others have no splits); what is chosen is chosen on `develop`."""
     tiers: tuple[Tier, ...] | None = None
     """Only prompts of these tiers (default: all that a suite has)."""
     limit: int | None = Field(default=None, ge=1)
@@ -195,7 +195,7 @@ class Pipeline(Document):
     rounds: RoundsPlan = RoundsPlan()
     recipes: dict[str, RecipePlan] = Field(min_length=1)
     publish: str
-    """The recipe that is gated and gets a model card."""
+    """The recipe that gets a model card, and that rules of the gate judge which name no model (unless `gate.model` does)."""
     evaluate: EvaluatePlan
     gate: Gate
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
@@ -244,7 +244,7 @@ class Pipeline(Document):
         for name, behavior in self.behaviors.items():
             if behavior.expert not in self.experts:
                 raise ValueError(f"behaviors {name}: expert {behavior.expert!r} is not among {', '.join(self.experts)}")
-        self._check_named()
+        self.check_named()
         for rule in self.gate.rules:
             for model in (rule.model, *rule.others, self.gate.model):
                 if model is not None and model not in taken:
@@ -253,8 +253,12 @@ class Pipeline(Document):
             raise ValueError(f"publish: {self.publish!r} is not among the recipes")
         return self
 
-    def _check_named(self) -> None:
-        """Parameters such as `weight.NAME` name what there is."""
+    def check_named(self) -> None:
+        """Checks that parameters such as `weight.NAME` name what there is.
+
+        Raises:
+            ValueError: one does not.
+        """
         measured = {*self.behaviors, *self.protect}
         known = {"weight": measured, "limit": measured, "strength": {*self.experts}}
         for name, plan in self.recipes.items():

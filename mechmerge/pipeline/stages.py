@@ -28,7 +28,7 @@ from mechmerge.pipeline.source import Resolved
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import Progress
 from mechmerge.recipe.compile import compile_recipe
-from mechmerge.recipe.schema import read_recipe, write_recipe
+from mechmerge.recipe.schema import KEPT, read_recipe, write_recipe
 from mechmerge.recipe.sources import read_sources
 from mechmerge.versions import versions
 
@@ -266,6 +266,7 @@ class Stages:
             inputs = {
                 "recipe": sha256_file(recipe),
                 "sides": self.common["sides"],
+                "recipe in": KEPT,
                 "versions": self.record.versions | {"mergekit": metadata.version("mergekit")},
             }
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -24,6 +24,7 @@ from mechmerge.errors import InputError
 from mechmerge.evaluate.gate import Gate, GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model
+from mechmerge.pipeline.examining import check_development
 from mechmerge.pipeline.ranking import judged
 from mechmerge.pipeline.run import evaluated, merged_models, suites_of
 from mechmerge.pipeline.schema import DRAWN, PARAMETERS, Pipeline, RecipePlan
@@ -31,6 +32,7 @@ from mechmerge.pipeline.source import Resolved, resolve_pipeline
 from mechmerge.pipeline.stages import Stages, run_record
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
+from mechmerge.recipe.compile import BASELINES
 
 CONTROLS = ("random", "magnitude")
 MEASURED = ("conflict", "rounds", "solve", "top", "weighted")
@@ -48,6 +50,18 @@ class Variant(Document):
     """Of what is drawn at random."""
     like: str | None = None
     """For a control: the variant whose shares it copies."""
+    within: str | None = None
+    """The variant whose coefficients TIES or DARE-TIES works inside."""
+
+
+class _Given(NamedTuple):
+    """What is varied: a recipe of the pipeline, or a policy as it is."""
+
+    title: str
+    policy: str
+    parameters: dict[str, Any]
+    seed: int = 0
+    within: str | None = None
 
 
 class Ranked(Document):
@@ -124,49 +138,72 @@ def variants(pipeline: Pipeline, vary: dict[str, list[Any]]) -> list[Variant]:
     """All combinations for one set of experts.
 
     A parameter is varied for the policies that have it; `seeds=5` makes five of each that draws at random. Without `policy` the
-    pipeline's own recipes are varied.
+    pipeline's own recipes are varied, but for its controls.
 
     Raises:
-        InputError: an unknown policy, a parameter that no policy here has, or a control without a policy to copy.
+        InputError: an unknown policy, a parameter that no policy here has, a control without a policy to copy, or a recipe
+            within a control.
     """
     given = {name: values for name, values in vary.items() if name not in ("policy", "experts", "seeds")}
     seeds = _seeds(vary.get("seeds", [1]))
     if "policy" in vary:
-        plans: list[tuple[str, str, dict[str, Any]]] = [(str(policy), str(policy), {}) for policy in vary["policy"]]
+        plans = [_Given(str(policy), str(policy), {}) for policy in vary["policy"]]
     else:
-        plans = [(name, plan.policy, dict(plan.parameters)) for name, plan in pipeline.recipes.items()]
-        plans = [plan for plan in plans if plan[1] not in CONTROLS]
-    for _, policy, _ in plans:
-        if policy not in PARAMETERS:
-            raise InputError("--vary policy", expected=f"some of {', '.join(PARAMETERS)}", found=policy)
+        plans = [
+            _Given(name, plan.policy, dict(plan.parameters), plan.seed, plan.within)
+            for name, plan in pipeline.recipes.items()
+            if plan.policy not in CONTROLS
+        ]
+    for plan in plans:
+        if plan.policy not in PARAMETERS:
+            raise InputError("--vary policy", expected=f"some of {', '.join(PARAMETERS)}", found=plan.policy)
     for name in given:
-        if not any(_takes(policy, name) for _, policy, _ in plans):
-            policies = ", ".join(policy for _, policy, _ in plans)
+        if not any(_takes(plan.policy, name) for plan in plans):
+            policies = ", ".join(plan.policy for plan in plans)
             raise InputError(f"--vary {name}", expected=f"a parameter of {policies}", found="one that none of them has")
-    made: list[Variant] = []
-    for title, policy, parameters in sorted(plans, key=lambda plan: plan[1] in CONTROLS):
+    made: dict[str, list[Variant]] = {}
+    for plan in sorted(plans, key=lambda plan: plan.policy in CONTROLS):
+        title, policy = plan.title, plan.policy
         names = [name for name in given if _takes(policy, name)]
-        copied = [v for v in made if v.policy in MEASURED] if policy in CONTROLS else [None]
-        if not copied:
-            raise InputError(
-                f"--vary policy={policy}", expected=f"one of {', '.join(MEASURED)} beside the control", found="none"
-            )
-        drawn = range(seeds) if policy in DRAWN else range(1)
-        for like, values, seed in itertools.product(copied, itertools.product(*(given[name] for name in names)), drawn):
-            chosen = dict(zip(names, values, strict=True))
-            parts = [title, *(f"{name}-{value}" for name, value in chosen.items()), *([f"like-{like.name}"] if like else [])]
+        others = _others(plan, made)
+        drawn = [plan.seed + i for i in range(seeds if policy in DRAWN else 1)]
+        values = list(itertools.product(*(given[name] for name in names)))
+        for other, chosen_values, seed in itertools.product(others, values, drawn):
+            chosen = dict(zip(names, chosen_values, strict=True))
+            parts = [title, *(f"{name}-{value}" for name, value in chosen.items())]
+            if other is not None and (policy in CONTROLS or len(others) > 1):
+                parts.append(f"{'like' if policy in CONTROLS else 'within'}-{other.name}")
             parts += [f"seed-{seed}"] if len(drawn) > 1 else []
-            made.append(
+            made.setdefault(title, []).append(
                 Variant(
                     name="_".join(parts).replace("+", "-"),
                     experts=tuple(pipeline.experts),
                     policy=policy,
-                    parameters=parameters | chosen,
+                    parameters=plan.parameters | chosen,
                     seed=seed,
-                    like=like.name if like else None,
+                    like=other.name if other is not None and policy in CONTROLS else None,
+                    within=other.name if other is not None and policy not in CONTROLS else None,
                 )
             )
-    return made
+    return [variant for some in made.values() for variant in some]
+
+
+def _others(plan: _Given, made: dict[str, list[Variant]]) -> list[Variant] | list[None]:
+    """The variants that a control is to be like, or that TIES is to work within; `[None]` for what stands alone."""
+    if plan.policy in CONTROLS:
+        copied = [variant for some in made.values() for variant in some if variant.policy in MEASURED]
+        if not copied:
+            raise InputError(
+                f"--vary policy={plan.policy}", expected=f"one of {', '.join(MEASURED)} beside the control", found="none"
+            )
+        return copied
+    if plan.within is None:
+        return [None]
+    if plan.within not in made:
+        raise InputError(
+            f"recipe {plan.title}", expected="a recipe that is varied too", found=f"one within the control {plan.within}"
+        )
+    return made[plan.within]
 
 
 def _seeds(values: Sequence[Any]) -> int:
@@ -182,27 +219,52 @@ def _seeds(values: Sequence[Any]) -> int:
 
 
 def _takes(policy: str, parameter: str) -> bool:
-    return parameter.partition(".")[0] in (*PARAMETERS[policy], "strength")
+    kind, dot, _ = parameter.partition(".")
+    if kind == "strength":  # SCE and Model Stock weigh experts themselves
+        return bool(dot) and (policy not in BASELINES or "weight" in PARAMETERS[policy])
+    # A baseline has one weight, other policies one of each behaviour.
+    return kind in PARAMETERS[policy] and (kind != "weight" or bool(dot) != (policy in BASELINES))
 
 
 def subset(pipeline: Pipeline, experts: Sequence[str], vary: dict[str, list[Any]]) -> tuple[Pipeline, list[Variant]]:
     """The pipeline of some of the experts, with a recipe for each variant.
 
+    What is said of experts and behaviours that the set lacks (`strength.EXPERT`, `weight.BEHAVIOUR`) is left out.
+
     Raises:
-        InputError: a combination that the policy does not take.
+        InputError: a combination that the policy does not take, or a name that is none of the pipeline's.
     """
+    behaviors = {name: plan for name, plan in pipeline.behaviors.items() if plan.expert in experts}
+    lacking = {"strength": pipeline.experts.keys() - set(experts), "weight": pipeline.behaviors.keys() - behaviors}
+    lacking["limit"] = lacking["weight"]
+
+    def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+        split = {name: name.partition(".") for name in values}
+        return {name: values[name] for name, (kind, _, of) in split.items() if of not in lacking.get(kind, ())}
+
     part = pipeline.model_copy(
         update={
             "experts": {name: pipeline.experts[name] for name in experts},
-            "behaviors": {name: plan for name, plan in pipeline.behaviors.items() if plan.expert in experts},
+            "behaviors": behaviors,
+            "recipes": {
+                name: plan.model_copy(update={"parameters": kept(plan.parameters)}) for name, plan in pipeline.recipes.items()
+            },
         }
     )
-    made = variants(part, vary)
+    made = variants(part, kept(vary))
     try:
-        recipes = {v.name: RecipePlan(policy=v.policy, like=v.like, parameters=v.parameters, seed=v.seed) for v in made}  # type: ignore[arg-type]
+        recipes = {
+            v.name: RecipePlan(policy=v.policy, like=v.like, within=v.within, parameters=v.parameters, seed=v.seed)  # type: ignore[arg-type]
+            for v in made
+        }
     except ValidationError as error:
         raise InputError("--vary", expected="parameters that the policy takes", found=str(error.errors()[0]["msg"])) from None
-    return part.model_copy(update={"recipes": recipes, "publish": made[0].name}), made
+    part = part.model_copy(update={"recipes": recipes, "publish": made[0].name})
+    try:
+        part.check_named()
+    except ValueError as error:
+        raise InputError("--vary", expected="names of this set of experts and its behaviours", found=str(error)) from None
+    return part, made
 
 
 def run_sweep(
@@ -220,17 +282,22 @@ def run_sweep(
         path: the pipeline file; its recipes, gate and suites are the sweep's.
         vary: what is varied (see `parse_vary`).
         out: the sweep's folder.
-        split: prompts of the built-in suites.
+        split: of the suites that have splits; `develop` refuses those that are for testing (official ones, tasks of lm-eval).
 
     Raises:
-        InputError: a combination that cannot be, or another process at work on `out`.
+        InputError: a combination that cannot be, a suite for testing, or another process at work on `out`.
         MissingError: a model, package or the Hub is needed and not there.
     """
     source = resolve_pipeline(path, progress)
     pipeline = source.pipeline.model_copy(update={"evaluate": source.pipeline.evaluate.model_copy(update={"split": split})})
     sets = expert_sets(tuple(pipeline.experts), vary.get("experts", ["all"]))
     plans = [subset(pipeline, experts, vary) for experts in sets]
+    fix = "name other suites in the pipeline, or choose with --split test"
+    if split == "develop":
+        check_development((), pipeline.evaluate.suites, fix)
     suites = suites_of(pipeline, source.folder)
+    if split == "develop":
+        check_development(suites, fix=fix)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", f"sweep {out}"):
         models: dict[str, Model] = {"base": source.base} | source.experts

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mechmerge.artifacts import Document
+from mechmerge.artifacts import MOST_SEED, Document
 from mechmerge.evaluate.gate import GateResult
 from mechmerge.evaluate.record import EvaluateSettings
 from mechmerge.pipeline.ranking import Judged
@@ -29,7 +29,7 @@ class TuneSettings(Document):
     """Prompts a suite."""
     chunk: int = Field(default=24, ge=1)
     """Prompts of a suite that are asked before a trial may be given up."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Of the hypercube and of TPE."""
     prune: bool = True
     """Whether trials may be given up."""

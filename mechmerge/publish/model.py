@@ -6,10 +6,11 @@ from pathlib import Path
 
 from mechmerge.publish.card import card_contents, figures_of, make_card
 from mechmerge.publish.licenses import Lookup
-from mechmerge.publish.outbox import EVAL_RESULTS, FOLDER, Packing, is_ours_in_model, model_files
+from mechmerge.publish.outbox import EVAL_RESULTS, Packing, is_ours_in_model, model_files
 from mechmerge.publish.plan import Outbox
 from mechmerge.publish.results import eval_results
 from mechmerge.publish.source import MergeSource
+from mechmerge.recipe.schema import FOLDER, KEPT
 
 
 def pack_model(
@@ -38,11 +39,9 @@ def pack_model(
     go, left_out = model_files(source.folder, source.weights)
     for name in go:
         packing.link(name, source.folder / name)
-    beside = {source.recipe_file.name: source.recipe_file}
-    if source.recipe.masks is not None:
-        beside[source.recipe.masks.file] = source.folder / source.recipe.masks.file
-    for name, file in beside.items():
-        packing.link(f"{FOLDER}/{name}", file)
+    kept = {KEPT} | ({f"{FOLDER}/{source.recipe.masks.file}"} if source.recipe.masks is not None else set())
+    for name in sorted(kept):
+        packing.link(name, source.folder / name)
     contents = card_contents(source.name, source.recipe, source.recipe_file, source.files, license, lookup)
     contents = contents._replace(
         evaluation=source.evaluation, gate=source.gate, no_gate=no_gate, repo=repo, folder=f"{FOLDER}/"
@@ -63,7 +62,7 @@ def pack_model(
         packing.json(f"{FOLDER}/gate.json", source.gate)
     packing.text("README.md", make_card(contents))
     private = [source.folder, *([source.run] if source.run is not None else [])]
-    stay = tuple(name for name in left_out if name not in beside)
+    stay = tuple(name for name in left_out if name not in kept)
     return Outbox("model", folder, packing.files(private), stay, source.name, is_ours_in_model)
 
 

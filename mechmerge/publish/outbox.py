@@ -18,12 +18,11 @@ from mechmerge.artifacts import parse_yaml, write_json, write_text
 from mechmerge.errors import InputError
 from mechmerge.models.checkpoint import is_side_file
 from mechmerge.publish.plan import LocalFile
+from mechmerge.recipe.schema import FOLDER
 
 SUFFIXES = frozenset({".safetensors", ".json", ".yaml", ".md", ".png"})
 TOKENIZER_TEXTS = ("merges.txt", "vocab.txt", "*.jinja")
 SENTENCEPIECE = "tokenizer.model"
-FOLDER = "mechmerge"
-"""Everything beside the model lies in this folder of a model repository."""
 EVAL_RESULTS = ".eval_results/mechmerge.yaml"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt")

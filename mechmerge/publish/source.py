@@ -16,7 +16,7 @@ from mechmerge.errors import CheckpointError, GateRefused, InputError, Mechmerge
 from mechmerge.evaluate.gate import Gate, GateResult, check_gate
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.progress import SILENT, Progress
-from mechmerge.recipe.schema import Recipe, read_recipe
+from mechmerge.recipe.schema import KEPT, Recipe, read_recipe
 from mechmerge.report.files import RunFiles, find_run_files
 
 
@@ -73,7 +73,7 @@ def find_source(
     run = None if files is None else source
     if files is not None:
         evaluation = evaluation or files.evaluation
-    recipe_file = folder / "recipe.yaml"
+    recipe_file = folder / KEPT
     recipe, _ = read_recipe(recipe_file)
     weights = _digests(folder)
     record = None if evaluation is None else read_document(Evaluation, evaluation)
@@ -111,10 +111,10 @@ def _locate(source: Path, model: str | None) -> tuple[Path, RunFiles | None]:
         merged = source / "merged"
         # A single `RUN/recipe.yaml` is merged into `RUN/merged` itself.
         folder = merged if (merged / "config.json").is_file() else merged / chosen_recipe(files, model, source)
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / KEPT).is_file():
         raise InputError(
             str(folder),
-            expected="a model with its recipe.yaml, as `mechmerge merge` writes it",
+            expected=f"a model with its {KEPT}, as `mechmerge merge` writes it",
             found="none",
             fix="merge it first",
         )

@@ -108,7 +108,7 @@ def compile_recipe(
         parameters: of the policy. `conflict`: weights (by behaviour, as `weight.NAME`), weighting, agreement, certainty;
             `solve`: budget, limits (by behaviour, as `limit.NAME`), agreement, unproven; `top`: budget, overlap; `weighted`:
             budget, scale, overlap; `random`, `magnitude`: per_layer; `random`: match_norms; baselines: `OF_BASELINES`.
-            All: `strength.EXPERT`, which multiplies every coefficient of an expert (recipe/strengths.py).
+            All but sce and model-stock: `strength.EXPERT`, which multiplies an expert's coefficients (recipe/strengths.py).
         seed: of what is drawn at random: `random` and `DRAWN`.
         like: for the controls, the recipe whose shares they copy, with its masks.
         within: for `ties` and `dare-ties`, the recipe whose coefficients they work inside, with its masks.
@@ -425,8 +425,8 @@ def _control(
     per_layer, notes = bool(given.get("per_layer", False)), tuple[str, ...]()
     if policy == "random" and given.get("match_norms", False):
         drawn = norm_matched(masks, _norms(model, masks, sources, delta_norms), seed)
-        kept = coinciding(masks, drawn)
-        notes = (f"{kept:.0%} of the components that {model.policy.name} treats unlike most keep their coefficient",)
+        kept = ", ".join(f"{share:.0%} of {name}" for name, share in coinciding(masks, drawn).items()) or "none"
+        notes = (f"of the components that {model.policy.name} treats unlike most these keep their coefficient: {kept}",)
     elif policy == "random":
         drawn = random_like(masks, seed, per_layer)
     else:

@@ -109,18 +109,22 @@ def _matched(name: str, mask: Array, norms: Array, generator: np.random.Generato
 def _off(drawn: Array, mask: Array, norms: Array) -> float:
     """The relative difference of the moved norms."""
     wanted = moved_norm([mask], [norms])
-    return abs(moved_norm([drawn], [norms]) - wanted) / wanted if wanted > 0 else 0.0
+    found = moved_norm([drawn], [norms])
+    return abs(found - wanted) / wanted if wanted > 0 else 0.0 if found == 0 else np.inf
 
 
-def coinciding(masks: Masks, drawn: Masks) -> float:
-    """The share of components that keep their coefficient, of those whose coefficient is not their mask's most common one."""
-    odd = same = 0
+def coinciding(masks: Masks, drawn: Masks) -> dict[str, float]:
+    """`<expert>.<kind>` → the share of components that keep their coefficient, of those without their mask's most common one.
+
+    Masks of one coefficient alone are left out.
+    """
+    found = {}
     for name, mask in masks.items():
         values, counts = np.unique(mask, return_counts=True)
         unlike = mask != values[counts.argmax()]
-        odd += int(unlike.sum())
-        same += int((unlike & (drawn[name] == mask)).sum())
-    return same / odd if odd else 0.0
+        if unlike.any():
+            found[name] = float((drawn[name] == mask)[unlike].mean())
+    return found
 
 
 def moved_norm(masks: Sequence[Array], norms: Sequence[Array]) -> float:

@@ -59,7 +59,7 @@ def emit_stock(recipe: Recipe, found: Coefficients, layout: Layout, shapes: Shap
                     f"recipe: {name}, {tensor}",
                     expected="one coefficient for the whole tensor in a stock recipe",
                     found="several (a rule or mask cuts it)",
-                    fix="use --emit masked",
+                    fix="write it masked: `recipe --emit masked`, `recipe emit --as masked`",
                 )
             values[tensor] = float(values_of[0])
         filters = _filters(values, expert.default, layout.arch.family.layers + ".")
@@ -98,7 +98,7 @@ def emit_baseline(recipe: Recipe, paths: Paths) -> str:
     if recipe.mergekit.within:
         raise InputError(
             "recipe", expected="one of mergekit's own methods", found=f"{recipe.policy.name}, which cuts tensors",
-            fix="use --emit masked",
+            fix="write it masked: `recipe --emit masked`, `recipe emit --as masked`",
         )  # fmt: skip
     models = []
     for name, expert in recipe.experts.items():
@@ -165,5 +165,5 @@ def _check(filters: Sequence[Mapping[str, Any]], values: Mapping[str, float], ex
                 f"recipe: {expert}, {tensor}",
                 expected=f"filters that give {value:g}",
                 found=f"{hit:g}",
-                fix="use --emit masked",
+                fix="write it masked: `recipe --emit masked`, `recipe emit --as masked`",
             )

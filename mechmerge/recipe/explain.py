@@ -114,12 +114,20 @@ def rule_rows(recipe: Recipe) -> Rows:
     return [{"component": r.component, "expert": r.expert, "coefficient": f"{r.coefficient:g}"} for r in recipe.rules]
 
 
-def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> list[dict[str, Any]]:
+def shares(
+    recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int], found: Coefficients | None = None
+) -> list[dict[str, Any]]:
     """One row for each expert: its default and how much of its heads, KV groups and neurons is taken.
 
     Shares are mean coefficients (so 1/k counts as 1/k), in percent. `head + kv + neuron` weighs the kinds by their parameters,
-    and is a dash where these are not told. Where rules decide, no share can be said without the model: `by rules`. Nor can it
-    where a method of mergekit decides in the place of coefficients: its word stands there, and the weight it is given.
+    and is a dash where these are not told. Where rules decide, no share can be said without the model's sizes: `by rules`.
+    Nor can it where a method of mergekit decides in the place of coefficients: its word stands there, and its weight.
+
+    Args:
+        recipe: the recipe.
+        masks: its masks.
+        unit_parameters: parameters of a unit by kind, where they are known.
+        found: the recipe's coefficients, where the sizes are known: they tell what rules come to.
     """
     rows = []
     for name, expert in recipe.experts.items():
@@ -132,11 +140,11 @@ def shares(recipe: Recipe, masks: Masks, unit_parameters: Mapping[str, int]) -> 
         ruled = any(rule.expert == name for rule in recipe.rules)
         parts, sizes = [], []
         for kind in UNIT_KINDS:
-            mask = masks.get(f"{name}.{kind}")
-            share = float(expert.default if mask is None else mask.mean(dtype=np.float64))
-            row[kind] = "by rules" if mask is None and ruled else share_text(recipe, share)
+            known = masks.get(f"{name}.{kind}") if found is None else found.units[name][kind]
+            share = float(expert.default if known is None else known.mean(dtype=np.float64))
+            row[kind] = "by rules" if known is None and ruled else share_text(recipe, share)
             parts.append(share)
-            sizes.append((mask.size if mask is not None else 0) * unit_parameters.get(kind, 0))
+            sizes.append((known.size if known is not None else 0) * unit_parameters.get(kind, 0))
         if "by rules" in row.values():
             whole = "by rules"
         elif all(sizes):

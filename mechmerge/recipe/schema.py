@@ -30,7 +30,13 @@ Masks = dict[str, Array]
 """`<expert>.<kind>` → float32 [layers, units], kind in {head, kv, neuron}: a coefficient for every unit."""
 Scalar = bool | int | float | str
 OutDtype = Literal["float32", "bfloat16", "float16"]
-MASKS_NAME = "masks.safetensors"
+RECIPE_NAME, MASKS_NAME = "recipe.yaml", "masks.safetensors"
+FOLDER = "mechmerge"
+"""Everything beside the weights lies in this folder of a merged model, of an exported adapter and of a model repository: vLLM
+and SGLang take every `*.safetensors` beside a `model.safetensors` without an index for weights, masks too.
+"""
+KEPT = f"{FOLDER}/{RECIPE_NAME}"
+"""The recipe that a merged model or an exported adapter was made by, its masks beside it."""
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 """Files of a merged model or an exported adapter."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -76,7 +82,7 @@ class MaskFile(Document):
     """The masks beside the recipe."""
 
     file: str = Field(pattern=r"^[^/\\]+\.safetensors$")
-    """File name, in the recipe's own folder; none of those that weights have, since it is laid beside them."""
+    """File name, in the recipe's own folder; none of those that weights have: a recipe may lie beside some."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
     @field_validator("file")
@@ -216,7 +222,7 @@ def write_recipe(path: Path, recipe: Recipe, masks: Masks | None = None) -> Reci
         masks: coefficients of single units, or nothing.
     """
     if masks:
-        target = path.with_name(MASKS_NAME if path.name == "recipe.yaml" else f"{path.stem}.{MASKS_NAME}")
+        target = path.with_name(MASKS_NAME if path.name == RECIPE_NAME else f"{path.stem}.{MASKS_NAME}")
         check_masks(masks, recipe, str(target))
         write_arrays(target, masks, MaskMetadata())
         recipe = recipe.model_copy(update={"masks": MaskFile(file=target.name, sha256=sha256_file(target))})
