@@ -69,8 +69,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 api, repo = HfApi(), "writer/merge"
 api.create_repo(repo, exist_ok=True)
-for path in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_file()):
-    api.upload_file(repo_id=repo, path_or_fileobj=path.read_bytes(), path_in_repo=path.name)
+model = Path(sys.argv[1])
+for path in sorted(path for path in model.rglob("*") if path.is_file()):
+    api.upload_file(repo_id=repo, path_or_fileobj=path.read_bytes(), path_in_repo=str(path.relative_to(model)))
 """
 
     def publish(self, arguments: Sequence[str]) -> Done:
