@@ -380,7 +380,7 @@ def test_the_plan_counts_at_least_what_nodes_take(deep: Model, experts: dict[str
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
 def test_an_anchor_that_is_not_valid_is_refused_or_labelled(deep: Model, models: Path, tmp_path: Path) -> None:
-    expert = resolve(str(tiny_expert(deep.path, models / "deep-unstable", seed=2, scale=0.1)))
+    expert = resolve(str(tiny_expert(deep.path, models / "deep-unstable", seed=2, scale=0.15)))
     row, out = [BehaviorRow("loud", (behavior("loud"),), "a")], tmp_path / "e.safetensors"
     with pytest.raises(LocalizeError, match="expected valid anchors; found loud: the anchor at layer 4 is not valid: unstable"):
         measure_effects(deep, {"a": expert}, row, out, SETTINGS)

@@ -212,7 +212,7 @@ def test_nothing_there_and_nothing_merged(send: Publish, run: Path) -> None:
     with pytest.raises(InputError, match="expected a run directory or a model folder"):
         send(run / "nowhere")
     shutil.rmtree(run / "merged")
-    with pytest.raises(InputError, match=r"expected a model with its recipe\.yaml"):
+    with pytest.raises(InputError, match=r"expected a model with its mechmerge/recipe\.yaml"):
         send(run)
 
 
