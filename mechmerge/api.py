@@ -515,15 +515,12 @@ def gate(
         InputError: a rule without a model, or weights of a model that no rule is about.
     """
     from mechmerge.artifacts import read_document
-    from mechmerge.evaluate.gate import Gate, check_gate
+    from mechmerge.evaluate.gate import Gate, check_asked, check_gate
 
     held = rules if isinstance(rules, Gate) else read_document(Gate, Path(rules))
+    check_asked("weights", weights or {}, held, model)
     bound = {name: resolve(one).id for name, one in (weights or {}).items()}
-    result = check_gate(_evaluation(evaluation), held, model, weights=bound)
-    about = {name for rule, judged in zip(held.rules, result.rules, strict=True) for name in (judged.model, *rule.others)}
-    for name in bound.keys() - about:
-        raise InputError(f"weights of {name}", expected=f"one of {', '.join(sorted(about))}", found="a model without a rule")
-    return result
+    return check_gate(_evaluation(evaluation), held, model, weights=bound)
 
 
 def _evaluation(given: str | Path | Evaluation) -> Evaluation:

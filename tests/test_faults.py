@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mechmerge.artifacts import Units, Watch, atomic_file, lock, make_once
+from mechmerge.artifacts import Units, Watch, atomic_file, atomic_folder, lock, make_once
 from mechmerge.errors import InputError, MissingError, machine_error
 from tests.faults.campaign import CHANGES, IMPORTS, Campaign, moments, replaced
 from tests.faults.project import COMMANDS, Command
@@ -248,3 +248,16 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> 
         fail()
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and every folder inside, a model's `mechmerge` among them."""
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "mechmerge").mkdir()
+        for name in ("config.json", "mechmerge/recipe.yaml"):
+            (partial / name).write_text("{}")
+        inside = {str(partial), *(str(partial / name) for name in ("config.json", "mechmerge", "mechmerge/recipe.yaml"))}
+    assert set(synced[:-1]) == inside
+    assert synced[-1] == str(tmp_path), "the rename"

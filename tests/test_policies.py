@@ -397,7 +397,7 @@ def test_a_norm_matched_shuffle_leaves_out_as_much_of_every_kind() -> None:
 
 def test_what_leaves_out_nothing_is_not_matched_by_what_does() -> None:
     """A head without a delta is left out; no other head is."""
-    norms, mask = {"first.head": np.ones((2, 4), np.float32)}, {"first.head": np.ones((2, 4), np.float32)}
+    norms, mask = {"first.head": np.ones((2, 64), np.float32)}, {"first.head": np.ones((2, 64), np.float32)}
     norms["first.head"][0, 0] = mask["first.head"][0, 0] = 0
     for seed in range(20):
         assert norm_matched(mask, norms, seed)["first.head"][0, 0] == 0

@@ -120,7 +120,7 @@ def test_the_develop_split_has_no_test_suites(tmp_path, base, expert, second_exp
     path = write_pipeline(tmp_path, base, {"a": expert, "b": second_expert}, recipes={"c": {"policy": "conflict"}},
                           publish="c", evaluate=evaluation, gate=GATE)  # fmt: skip
     official = small_suite().model_copy(update={"split": "official"})
-    monkeypatch.setattr("mechmerge.pipeline.sweep.suites_of", lambda *_: [official])
+    monkeypatch.setattr("mechmerge.pipeline.examining.suites_of", lambda *_: [official])
     with pytest.raises(InputError, match=r"expected development prompts; found .* choose with --split test"):
         run_sweep(path, parse_vary(["experts=all"]), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "it is refused before anything is measured"

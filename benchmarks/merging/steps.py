@@ -17,8 +17,8 @@ from benchmarks.merging.families import FAMILIES, committed
 from benchmarks.merging.study import Sizes, Study
 
 SECONDS = {"evaluation": 45, "baseline merge": 10, "merge": 4, "training": 400, "effects": 170, "rounds": 410, "scores": 330,
-           "solution": 180, "fine-tuning": 600}  # fmt: skip
-"""What a unit takes on two free cores: measured in the demo's runs, but for solutions and fine-tuning, which are estimated."""
+           "solution": 180, "fine-tuning": 1100}  # fmt: skip
+"""What a unit takes on two free cores: measured in the demo's runs, fine-tuning on one core (35 min), solutions not at all."""
 
 
 def experts(study: Study) -> None:

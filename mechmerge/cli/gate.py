@@ -26,7 +26,7 @@ def command(evaluation: Path, gate: Path, model: str | None, weights: Path | Non
     """
     from mechmerge.artifacts import read_document, sha256_file
     from mechmerge.errors import GateRefused, InputError
-    from mechmerge.evaluate.gate import Gate, check_gate
+    from mechmerge.evaluate.gate import Gate, check_asked, check_gate
     from mechmerge.evaluate.record import Evaluation
     from mechmerge.models.references import resolve
 
@@ -38,9 +38,8 @@ def command(evaluation: Path, gate: Path, model: str | None, weights: Path | Non
             raise InputError(
                 "--weights", expected="a judged model", found="none", fix="pass --model, or name it in the gate file"
             )
+        check_asked("--weights", [name], rules, model)
         bound = {name: resolve(str(weights)).id}
-        if not any((rule.model or name) == name for rule in rules.rules):
-            raise InputError("--weights", expected=f"a rule about {name}", found="none in the gate file")
     result = check_gate(read_document(Evaluation, evaluation), rules, model, weights=bound)
     result = result.model_copy(update={"evaluation": sha256_file(evaluation)})
     if output == "json":

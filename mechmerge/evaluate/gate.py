@@ -17,7 +17,7 @@ the gate file names by their sha256, or that the caller gives (`--weights FOLDER
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -168,22 +168,52 @@ def check_gate(
         InputError: a rule names no model, and neither the gate nor the caller does; the gate pins weights of a model that no
             rule is about.
     """
-    results = []
+    check_asked("gate weights", gate.weights, gate, model)
+    results = [
+        _check(evaluation, rule, name, weights or {}, gate.weights)
+        for name, rule in zip(judged_models(gate, model), gate.rules, strict=True)
+    ]
+    digests = gate.weights | {name: model.digest for name, model in (weights or {}).items()}
+    bound = {result.model: digests[result.model] for result in results if result.model in digests}
+    return GateResult(passed=all(result.passed for result in results), rules=tuple(results), weights=bound)
+
+
+def judged_models(gate: Gate, model: str | None = None) -> list[str]:
+    """The model that each rule judges.
+
+    Args:
+        gate: the rules.
+        model: as for `check_gate`.
+
+    Raises:
+        InputError: a rule names no model, and neither the gate nor the caller does.
+    """
+    names = []
     for number, rule in enumerate(gate.rules):
         name = rule.model or model or gate.model
         if name is None:
             raise InputError(
                 f"gate rule {number}", expected="a model", found="none", fix="name it in the gate file, or pass --model"
             )
-        results.append(_check(evaluation, rule, name, weights or {}, gate.weights))
-    asked = {name for number, rule in enumerate(gate.rules) for name in (results[number].model, *rule.others)}
-    for name in gate.weights.keys() - asked:
-        raise InputError(
-            f"gate weights of {name}", expected=f"one of {', '.join(sorted(asked))}", found="a model without a rule"
-        )
-    digests = gate.weights | {name: model.digest for name, model in (weights or {}).items()}
-    bound = {result.model: digests[result.model] for result in results if result.model in digests}
-    return GateResult(passed=all(result.passed for result in results), rules=tuple(results), weights=bound)
+        names.append(name)
+    return names
+
+
+def check_asked(what: str, names: Iterable[str], gate: Gate, model: str | None = None) -> None:
+    """Checks that rules judge, or compare with, every one of some models: weights of another would bind nothing.
+
+    Args:
+        what: they are called in the error.
+        names: of the models.
+        gate: the rules.
+        model: as for `check_gate`.
+
+    Raises:
+        InputError: no rule is about one of them, or a rule names no model.
+    """
+    asked = {*judged_models(gate, model), *(other for rule in gate.rules for other in rule.others)}
+    for name in sorted(set(names) - asked):
+        raise InputError(f"{what} of {name}", expected=f"one of {', '.join(sorted(asked))}", found="a model without a rule")
 
 
 def _check(

@@ -6,6 +6,7 @@ localize/anchor.py says how each is computed; here the models are run, in units 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ class AnchorFinder:
             found[behavior.name]["expert_without"] = self._last(negative, template)
         bench.load(self.base.checkpoint())
         for behavior in missing:
-            self.units(behavior).arrays("states", lambda name=behavior.name: found[name])  # type: ignore[misc]  # mypy infers no type of a lambda with a default
+            self.units(behavior).arrays("states", partial(found.__getitem__, behavior.name))
 
     def _rendered(self, behavior: Behavior) -> tuple[list[str], list[str], str | None]:
         tokenizer = self.bench().tokenizer

@@ -116,8 +116,6 @@ def advantage(differences: Array, weights: Array, topics: Sequence[str], seed: i
         topics: topic of each prompt.
         seed: of the bootstrap.
     """
-    from scipy.stats import t
-
     names, where = np.unique(np.array(topics), return_inverse=True)
     sizes, sums = np.bincount(where, weights), np.bincount(where, differences.mean(0))
     picks = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
@@ -129,5 +127,5 @@ def advantage(differences: Array, weights: Array, topics: Sequence[str], seed: i
     else:
         half = t_half(n, float(np.sqrt(n / (n - 1) * np.square(sums - value * sizes).sum()) / sizes.sum()))
         low, high = min(low, value - half), max(high, value + half)
-    luck = float(t.ppf(0.975, k - 1) * orders.std(ddof=1) * np.sqrt(1 + 1 / k)) if k > 1 else 0.0
+    luck = t_half(k, float(orders.std(ddof=1) * np.sqrt(1 + 1 / k))) if k > 1 else 0.0
     return Lift(value=value, low=value - float(np.hypot(value - low, luck)), high=value + float(np.hypot(high - value, luck)))

@@ -24,6 +24,8 @@ from mechmerge.merge.engine import open_models
 from mechmerge.merge.in_memory import merge_id, merged_model
 from mechmerge.models.references import Model, ModelId
 from mechmerge.pipeline.ranking import Judged, judged
+from mechmerge.pipeline.run import suites_of
+from mechmerge.pipeline.schema import Pipeline
 from mechmerge.progress import SILENT, Progress
 from mechmerge.recipe.schema import Masks, Policy, Recipe, RecipeExpert
 
@@ -50,7 +52,7 @@ class _Part(NamedTuple):
     """Where they stand among all suites' prompts."""
 
 
-def check_development(suites: Sequence[Suite], names: Sequence[str] = (), fix: str = "name other suites with --suite") -> None:
+def check_development(suites: Sequence[Suite], names: Sequence[str] = (), fix: str | None = None) -> None:
     """What is chosen is chosen on development prompts.
 
     Args:
@@ -61,14 +63,31 @@ def check_development(suites: Sequence[Suite], names: Sequence[str] = (), fix: s
     Raises:
         InputError: a task of lm-eval, or a suite whose prompts are for testing.
     """
-    for name in names:
-        if is_task(name):
-            raise InputError(
-                f"suite {name}", expected="development prompts", found="a benchmark's task, which is for testing", fix=fix
-            )
-    for suite in suites:
-        if suite.split not in SPLITS:
-            raise InputError(f"suite {suite.name}", expected="development prompts", found=f"the split {suite.split}", fix=fix)
+    found = [(name, "a benchmark's task, which is for testing") for name in names if is_task(name)]
+    found += [(suite.name, f"the split {suite.split}") for suite in suites if suite.split not in SPLITS]
+    for name, what in found:
+        raise InputError(f"suite {name}", expected="development prompts", found=what, fix=fix)
+
+
+def development_suites(pipeline: Pipeline, folder: Path, fix: str, progress: Progress = SILENT) -> list[Suite]:
+    """The suites of a pipeline, for choosing.
+
+    Args:
+        pipeline: its split is `develop`.
+        folder: of the pipeline file.
+        fix: what to do about a suite that is for testing.
+        progress: told of suites that have no splits.
+
+    Raises:
+        InputError: see `check_development`; or a suite that cannot be loaded.
+    """
+    check_development((), pipeline.evaluate.suites, fix)  # before a benchmark's data is looked for
+    loaded = suites_of(pipeline, folder)
+    check_development(loaded, fix=fix)
+    for suite in loaded:
+        if suite.split == "file":
+            progress.note(f"note: {suite.name} has no splits: its prompts are development prompts from now on")
+    return loaded
 
 
 class Examiner:

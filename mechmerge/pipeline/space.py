@@ -15,7 +15,7 @@ from pydantic import model_validator
 from mechmerge.artifacts import Document, parse_yaml
 from mechmerge.errors import InputError
 from mechmerge.pipeline.schema import PARAMETERS, RecipePlan
-from mechmerge.recipe.compile import BASELINES, NORMALIZED, check_parameters, defaults_of
+from mechmerge.recipe.compile import BASELINES, NORMALIZED, check_parameters, defaults_of, takes_strengths
 from mechmerge.recipe.strengths import PREFIX
 
 Value = bool | int | float | str
@@ -107,7 +107,7 @@ def space_of(plan: RecipePlan, experts: Sequence[str], behaviors: Sequence[str],
     if plan.policy == "della":  # density ± epsilon are probabilities
         epsilon = float(plan.parameters.get("epsilon", defaults_of("della")["epsilon"]))
         possible["density"] = Open(name="density", low=epsilon + EDGE, high=1 - epsilon - EDGE)
-    if plan.policy not in BASELINES or "weight" in PARAMETERS[plan.policy]:  # sce and model-stock weigh experts themselves
+    if takes_strengths(plan.policy):
         # Where only ratios matter the first one's stays.
         possible |= {f"{PREFIX}{name}": STRENGTH for name in experts[plan.policy in NORMALIZED :]}
     chosen = {

@@ -24,7 +24,7 @@ from mechmerge.errors import InputError
 from mechmerge.evaluate.gate import Gate, GateResult
 from mechmerge.evaluate.record import Evaluation
 from mechmerge.models.references import Model
-from mechmerge.pipeline.examining import check_development
+from mechmerge.pipeline.examining import development_suites
 from mechmerge.pipeline.ranking import judged
 from mechmerge.pipeline.run import evaluated, merged_models, suites_of
 from mechmerge.pipeline.schema import DRAWN, PARAMETERS, Pipeline, RecipePlan
@@ -32,7 +32,7 @@ from mechmerge.pipeline.source import Resolved, resolve_pipeline
 from mechmerge.pipeline.stages import Stages, run_record
 from mechmerge.pipeline.state import RunState
 from mechmerge.progress import SILENT, Progress
-from mechmerge.recipe.compile import BASELINES
+from mechmerge.recipe.compile import BASELINES, takes_strengths
 
 CONTROLS = ("random", "magnitude")
 MEASURED = ("conflict", "rounds", "solve", "top", "weighted")
@@ -220,8 +220,8 @@ def _seeds(values: Sequence[Any]) -> int:
 
 def _takes(policy: str, parameter: str) -> bool:
     kind, dot, _ = parameter.partition(".")
-    if kind == "strength":  # SCE and Model Stock weigh experts themselves
-        return bool(dot) and (policy not in BASELINES or "weight" in PARAMETERS[policy])
+    if kind == "strength":
+        return bool(dot) and takes_strengths(policy)
     # A baseline has one weight, other policies one of each behaviour.
     return kind in PARAMETERS[policy] and (kind != "weight" or bool(dot) != (policy in BASELINES))
 
@@ -292,12 +292,11 @@ def run_sweep(
     pipeline = source.pipeline.model_copy(update={"evaluate": source.pipeline.evaluate.model_copy(update={"split": split})})
     sets = expert_sets(tuple(pipeline.experts), vary.get("experts", ["all"]))
     plans = [subset(pipeline, experts, vary) for experts in sets]
-    fix = "name other suites in the pipeline, or choose with --split test"
     if split == "develop":
-        check_development((), pipeline.evaluate.suites, fix)
-    suites = suites_of(pipeline, source.folder)
-    if split == "develop":
-        check_development(suites, fix=fix)
+        fix = "name other suites in the pipeline, or choose with --split test"
+        suites = development_suites(pipeline, source.folder, fix, progress)
+    else:
+        suites = suites_of(pipeline, source.folder)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", f"sweep {out}"):
         models: dict[str, Model] = {"base": source.base} | source.experts

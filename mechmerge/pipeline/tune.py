@@ -22,8 +22,7 @@ from pathlib import Path
 from mechmerge.artifacts import lock, write_json, write_yaml
 from mechmerge.errors import InputError, MissingError
 from mechmerge.evaluate.record import EvaluateSettings
-from mechmerge.pipeline.examining import Examiner, check_development
-from mechmerge.pipeline.run import suites_of
+from mechmerge.pipeline.examining import Examiner, development_suites
 from mechmerge.pipeline.schema import RecipePlan
 from mechmerge.pipeline.search import Search
 from mechmerge.pipeline.source import resolve_pipeline
@@ -82,12 +81,7 @@ def tune(
             fix=f"search {plan.within} instead",
         )  # fmt: skip
     space = space_of(plan, tuple(pipeline.experts), tuple(pipeline.behaviors), opened)
-    check_development((), pipeline.evaluate.suites)
-    loaded = suites_of(pipeline, source.folder)
-    check_development(loaded)
-    for suite in loaded:
-        if suite.split == "file":
-            progress.note(f"note: {suite.name} has no splits: its prompts are development prompts from now on")
+    loaded = development_suites(pipeline, source.folder, "name other suites with --suite", progress)
     if plan.policy == "solve":
         progress.note("note: trials of solve are the linear program's alone; a run measures once more at its solution")
     pipeline = pipeline.model_copy(update={"recipes": {name: plan}, "publish": name})

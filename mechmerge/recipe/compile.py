@@ -254,6 +254,11 @@ LARGEST_LIMIT = 1000.0
 CHOICES: dict[str, tuple[str, ...]] = {"overlap": get_args(Overlap), "weighting": get_args(Weighting), "scale": get_args(Scale)}
 
 
+def takes_strengths(policy: str) -> bool:
+    """Whether a policy takes `strength.EXPERT`: SCE and Model Stock weigh the experts themselves."""
+    return policy not in BASELINES or "weight" in OF_BASELINES[policy]
+
+
 def check_parameters(policy: str, parameters: Mapping[str, Any]) -> None:
     """Whether a policy can be told these parameters, as far as that is known before anything is measured.
 
@@ -261,7 +266,7 @@ def check_parameters(policy: str, parameters: Mapping[str, Any]) -> None:
         InputError: a parameter that it does not have, or a value out of range.
     """
     strengths, given = without_strengths(parameters)
-    check_strengths(policy, strengths, policy not in BASELINES or "weight" in OF_BASELINES[policy])
+    check_strengths(policy, strengths, takes_strengths(policy))
     if policy in BASELINES:
         _settings(policy, given)
     elif policy in CONTROLS:
