@@ -24,11 +24,11 @@ merges (about 70 MB of answers and recipes a family and seed, 1.1 GB more while 
 that has changed needs a new folder, or its recipes and evaluations removed.
 
 --plan counts what is done and left. All three families and seeds are 2390 evaluations at most, 36 fine-tunings and 10
-trainings: some 116 evaluations a family and seed in the first wave, of which 82 are the sweep (101 for `three-way`), and 144 in
-the second, where each policy at each budget has eleven controls. An evaluation was 21-43 s in the demo's runs on two free cores
-and is counted as 45. So the first wave is about 3 hours a family and seed (10 hours for `conflict`, with its trainings; 30 for
-all) and the second 2.2 (20 for all). These are estimates: fine-tuning (35 minutes a step size on one core) counts as half of that
-on two, and solutions were never timed at full size.
+trainings: some 116 evaluations a family and seed in the first wave, of which 82 are the sweep (101 for `three-way`), and 144
+in the second, where each policy at each budget has eleven controls. An evaluation was 21-43 s in the demo's runs on two free
+cores and is counted as 45. So the first wave is about 3 hours a family and seed (10 hours for `conflict`, with its trainings;
+30 for all) and the second 2.2 (20 for all). These are estimates: fine-tuning (35 minutes a step size on one core) counts as
+half of that on two, and solutions were never timed at full size.
 `--quick` has two dozen prompts a suite, one round and two settings; its figures mean nothing, and with some twenty
 evaluations, effects and rounds it takes several minutes on two free cores, not one.
 """
